@@ -1,0 +1,1 @@
+"""SwiftKV forms of transformers models: configuration, model classes and the conversion of base weights."""

@@ -1,0 +1,1 @@
+"""The SwiftKV pipeline: recipes, data, calibration, distillation, export, evaluation and serving."""

@@ -1,0 +1,239 @@
+"""Recipes: one YAML file that states a whole run, checked before anything is loaded.
+
+Unknown keys are refused with the file, the key's path and the nearest right key. `key=value` overrides use dotted
+paths (`training.steps=200`). Paths inside a recipe are relative to the directory the command is run in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from swiftkv_train.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ModelSection(Section):
+    base: str = Field(description="Local directory or hub id of the base model.")
+    revision: str | None = Field(None, description="Revision of a hub id.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Compute dtype of the frozen base.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
+
+
+class RewriteSection(Section):
+    num_key_value_layers: int = Field(description="l: layers below it keep their own K/V; the tail starts at it.")
+    key_value_group_size: int = Field(1, description="g: this many neighbouring tail layers share one K/V (AcrossKV).")
+    init: Literal["calibrated", "copy", "checkpoint"] = Field("calibrated", description="Where the tail starts from.")
+    init_from: str | None = Field(None, description="Exported checkpoint to continue, with `init: checkpoint`.")
+
+    @model_validator(mode="after")
+    def _init_from_goes_with_checkpoint(self) -> RewriteSection:
+        if (self.init == "checkpoint") != (self.init_from is not None):
+            raise ValueError("`init: checkpoint` and `init_from: DIR` go together")
+        return self
+
+
+class CalibrationSection(Section):
+    tokens: int = Field(65_536, ge=1, description="Tokens of training data the closed-form start is fitted on.")
+    ridge: float = Field(1e-3, ge=0, description="Ridge strength, relative to the mean diagonal of X'X.")
+
+
+class Source(Section):
+    """One stream of documents: prose (`format: text`, or a column of plain text) or chats."""
+
+    name: str = Field(description="Name in logs, metrics and reports.")
+    path: str | None = Field(None, description="File, directory or glob: .txt, .jsonl, .parquet (each also .gz, not parquet).")
+    dataset: str | None = Field(None, description="Hugging Face dataset name instead of `path`.")
+    subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset.")
+    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    field: str | None = Field(None, description="Column that holds plain text, or the messages. Found by itself when left out.")
+    kind: Literal["auto", "text", "chat"] = Field("auto", description="`text`: loss on all tokens; `chat`: on assistant tokens.")
+    weight: float = Field(1.0, gt=0, description="Share of the training tokens, relative to the other sources.")
+    max_documents: int | None = Field(None, ge=1, description="Read only the first documents.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("a source needs exactly one of `path` and `dataset`")
+        return self
+
+
+class DataSection(Section):
+    sequence_length: int = Field(512, ge=8, description="Tokens per packed sequence.")
+    train: list[Source] = Field(min_length=1, description="Sources mixed by weight for training and calibration.")
+    held_out: list[Source] = Field(default_factory=list, description="Sources evaluated on, never trained on.")
+    cache_dir: str = Field("outputs/token-cache", description="Where tokenised sources are kept, by content hash.")
+    seed: int = Field(0, description="Seed of the order of documents and sequences.")
+
+    @field_validator("train", "held_out")
+    @classmethod
+    def _names_differ(cls, sources: list[Source]) -> list[Source]:
+        names = [source.name for source in sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are named {name!r}; give each its own name")
+        return sources
+
+
+class LossSection(Section):
+    temperature: float = Field(2.0, gt=0, description="Temperature of the KL divergence (the loss is scaled by its square).")
+    hidden_mse: float = Field(0.0, ge=0, description="Weight of the MSE between the states that enter the last layer.")
+
+
+class TrainingSection(Section):
+    output_dir: str = Field(description="The run directory.")
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all processes and accumulation.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward on one process.")
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
+    betas: tuple[float, float] = Field((0.9, 0.999))
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = 0
+    checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end or when stopped.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
+    evaluate_every: int = Field(0, ge=0, description="Steps between held-out evaluations; 0: only at the start and end.")
+    evaluate_tokens: int = Field(8192, ge=1, description="Held-out tokens per source and evaluation during training.")
+    log_every: int = Field(1, ge=1)
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _betas_from_yaml(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class WandbSection(Section):
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class LoggingSection(Section):
+    wandb: WandbSection | None = Field(None, description="Also log to Weights & Biases (extra `wandb`).")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelSection
+    rewrite: RewriteSection
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection)  # type: ignore[arg-type]
+    data: DataSection
+    loss: LossSection = Field(default_factory=LossSection)  # type: ignore[arg-type]
+    training: TrainingSection
+    logging: LoggingSection = Field(default_factory=LoggingSection)  # type: ignore[arg-type]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or is out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, origin: str, overrides: list[str] | None = None) -> Recipe:
+    """`load_recipe` for text already read; `origin` names it in errors."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {origin} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {origin} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for override in overrides or []:
+        _apply_override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"recipe {origin}: {_first_problem(error)}") from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} must look like training.steps=200")
+    *parents, last = key.split(".")
+    node: Any = content
+    for depth, name in enumerate(parents):
+        if isinstance(node, list):
+            node = _list_item(node, name, key)
+        else:
+            node = node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML") from None
+    if isinstance(node, list):
+        node[node.index(_list_item(node, last, key))] = parsed
+    else:
+        node[last] = parsed
+
+
+def _list_item(items: list[Any], name: str, key: str) -> Any:
+    if not name.isdigit() or int(name) >= len(items):
+        raise UserError(f"override {key}: {name!r} must be a position from 0 to {len(items) - 1}")
+    return items[int(name)]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    # An unknown key explains a missing one (a typing error makes both), so it is told first.
+    problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(Recipe, location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = f" (found {value!r})" if isinstance(value, str | int | float | bool | None | list) else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section_type(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            if found := _section_type(argument):
+                return found
+    return None
