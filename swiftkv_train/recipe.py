@@ -7,6 +7,7 @@ paths (`training.steps=200`). Paths inside a recipe are relative to the director
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -16,6 +17,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from swiftkv_train.errors import UserError
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which `2e-4` is a number (YAML 1.1, PyYAML's dialect, reads it as text)."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class Section(BaseModel):
@@ -48,16 +58,16 @@ class CalibrationSection(Section):
 
 
 class Source(Section):
-    """One stream of documents: prose (`format: text`, or a column of plain text) or chats."""
+    """One stream of documents: prose or chats."""
 
     name: str = Field(description="Name in logs, metrics and reports.")
-    path: str | None = Field(None, description="File, directory or glob: .txt, .jsonl, .parquet (each also .gz, not parquet).")
+    path: str | None = Field(None, description="File, directory or glob: .txt, .md, .json, .jsonl (also .gz) or .parquet.")
     dataset: str | None = Field(None, description="Hugging Face dataset name instead of `path`.")
     subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     field: str | None = Field(None, description="Column that holds plain text, or the messages. Found by itself when left out.")
     kind: Literal["auto", "text", "chat"] = Field("auto", description="`text`: loss on all tokens; `chat`: on assistant tokens.")
-    weight: float = Field(1.0, gt=0, description="Share of the training tokens, relative to the other sources.")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the training tokens, relative to the other sources.")
     max_documents: int | None = Field(None, ge=1, description="Read only the first documents.")
 
     @model_validator(mode="after")
@@ -161,7 +171,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(text: str, origin: str, overrides: list[str] | None = None) -> Recipe:
     """`load_recipe` for text already read; `origin` names it in errors."""
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {origin} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -188,7 +198,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, Loader=RecipeLoader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML") from None
     if isinstance(node, list):

@@ -1,1 +1,5 @@
 """Tensor operations of SwiftKV training and inference. Needs torch; uses triton where it is present; knows no transformers."""
+
+from swiftkv_kernels.distillation_kl import distillation_kl, distillation_kl_backend, distillation_kl_reference
+
+__all__ = ["distillation_kl", "distillation_kl_backend", "distillation_kl_reference"]

@@ -1,1 +1,21 @@
-"""SwiftKV forms of transformers models: configuration, model classes and the conversion of base weights."""
+"""SwiftKV forms of transformers models: configuration, model classes and the conversion of base weights.
+
+Importing it makes `AutoConfig` and `AutoModelForCausalLM` know the new model types.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swiftkv_models.llama import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, LlamaSwiftKVModel
+from swiftkv_models.rewrite import FAMILIES, RewriteError, rewrite
+
+AutoConfig.register("llama_swiftkv", LlamaSwiftKVConfig, exist_ok=True)
+AutoModelForCausalLM.register(LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, exist_ok=True)
+
+__all__ = [
+    "FAMILIES",
+    "LlamaSwiftKVConfig",
+    "LlamaSwiftKVForCausalLM",
+    "LlamaSwiftKVModel",
+    "RewriteError",
+    "rewrite",
+]

@@ -1,0 +1,376 @@
+"""Llama in SwiftKV form (arXiv 2410.03960), as its difference from transformers' Llama.
+
+With L layers, l = `num_key_value_layers` and g = `key_value_group_size`:
+
+- layers below l, the *trunk*, are the base model's;
+- the residual stream that enters layer l goes through one RMSNorm, `norm_swiftkv`, and every K and V of the layers from
+  l on, the *tail*, is a projection of that one tensor (SingleInputKV). So the K/V of a prompt token needs the trunk
+  only, and the tail runs for just the positions whose logits are wanted (`logits_to_keep`);
+- g neighbouring tail layers share the K/V of the first of them, their *leader* (AcrossKV). The cache holds one K/V per
+  leader: (l + ceil((L - l) / g)) / L of the base's bytes.
+
+With `base_projections` the tail keeps the base's own q/k/v_proj as well, and the same module is also the base model:
+`run_tail(..., base=True)`. That is how it is distilled; exported checkpoints drop them.
+
+Shapes: B batch, T new tokens, S cached + new tokens, K kept positions (a suffix of T), D hidden size, H query heads,
+G K/V heads, C head size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    eager_attention_forward,
+    rotate_half,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+@strict
+class LlamaSwiftKVConfig(LlamaConfig):
+    """Llama's configuration with the two numbers of SwiftKV. Raises `ValueError` when they are out of range."""
+
+    model_type = "llama_swiftkv"
+
+    num_key_value_layers: int | None = None  # l; None: all layers, which is the base model itself
+    key_value_group_size: int = 1  # g
+    swiftkv: bool = True
+    base_projections: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_layers is None:
+            self.num_key_value_layers = self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
+        first, last = self.num_key_value_layers, self.num_hidden_layers
+        if first is not None and not 1 <= first <= last:
+            raise ValueError(f"num_key_value_layers is {first}; this model allows 1 to {last}")
+        largest = max(1, last - (first or last))
+        if not 1 <= self.key_value_group_size <= largest:
+            raise ValueError(f"key_value_group_size is {self.key_value_group_size}; this model allows 1 to {largest}")
+
+    def key_value_leader(self, layer_idx: int) -> int:
+        """The layer whose K/V `layer_idx` attends to: itself in the trunk, the first of its group in the tail."""
+        first = self.num_key_value_layers
+        return layer_idx if layer_idx < first else layer_idx - (layer_idx - first) % self.key_value_group_size
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Number of K/V tensors a cache holds: l + ceil((L - l) / g)."""
+        tail = self.num_hidden_layers - self.num_key_value_layers
+        return self.num_key_value_layers + -(-tail // self.key_value_group_size)
+
+    # How transformers' caches learn that trailing entries store nothing: the first form up to 5.17, the second after it.
+    @property
+    def num_kv_shared_layers(self) -> int:
+        return self.num_hidden_layers - self.num_cached_layers
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        return [None if index < self.num_cached_layers else "reuse" for index in range(self.num_hidden_layers)]
+
+
+class SharedKeyValues:
+    """K and V [B, G, S, C] of every leader, by layer. An object and no dict, so that device hooks pass it on uncopied.
+
+    All groups are kept: with activation checkpointing the members of an early group run again after the late ones.
+    """
+
+    def __init__(self) -> None:
+        self.by_leader: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+class LlamaSwiftKVAttention(LlamaAttention):
+    """Attention of a tail layer. Without `swiftkv_states` it is the base's own attention."""
+
+    def __init__(self, config: LlamaSwiftKVConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        first = config.num_key_value_layers
+        self.leader_idx = config.key_value_leader(layer_idx)
+        self.cache_idx = first + (layer_idx - first) // config.key_value_group_size
+        self.q_proj_swiftkv = nn.Linear(self.q_proj.in_features, self.q_proj.out_features, bias=config.attention_bias)
+        if self.leader_idx == layer_idx:
+            self.k_proj_swiftkv = nn.Linear(self.k_proj.in_features, self.k_proj.out_features, config.attention_bias)
+            self.v_proj_swiftkv = nn.Linear(self.v_proj.in_features, self.v_proj.out_features, config.attention_bias)
+        if not config.base_projections:
+            del self.q_proj, self.k_proj, self.v_proj
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, K, D]
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos, sin [B, T, C]
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        swiftkv_states: torch.Tensor | None = None,  # [B, T, D]
+        shared_key_values: SharedKeyValues | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if swiftkv_states is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        if self.leader_idx == self.layer_idx:
+            keys, values = self.project_key_values(swiftkv_states, position_embeddings)
+            if past_key_values is not None:
+                keys, values = past_key_values.update(keys, values, self.cache_idx)
+            shared_key_values.by_leader[self.layer_idx] = keys, values
+        keys, values = (tensor.to(hidden_states.device) for tensor in shared_key_values.by_leader[self.leader_idx])
+
+        kept = hidden_states.shape[1]
+        cos, sin = (table[:, -kept:].to(hidden_states.device) for table in position_embeddings)
+        queries = rotate(self._heads(self.q_proj_swiftkv(hidden_states)), cos, sin)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+    def project_key_values(
+        self, swiftkv_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated K, and V, [B, G, T, C] of the new tokens from the shared states [B, T, D]."""
+        keys = self._heads(self.k_proj_swiftkv(swiftkv_states))
+        return rotate(keys, *position_embeddings), self._heads(self.v_proj_swiftkv(swiftkv_states))
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on queries or keys [B, heads, T, C] with cos, sin [B or 1, T, C]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return states * cos + rotate_half(states) * sin
+
+
+@dataclass
+class TrunkOutput:
+    """What the trunk leaves for the tail."""
+
+    hidden_states: torch.Tensor  # [B, T, D], the residual stream that enters layer l
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None  # of the attention implementation's own form
+    tail_attention_mask: torch.Tensor | None  # the same for the kept positions
+    first_kept: int
+    past_key_values: Cache | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TailOutput:
+    last_hidden_state: torch.Tensor  # [B, K, D], after the final norm
+    last_layer_input: torch.Tensor  # [B, K, D]
+
+
+class LlamaSwiftKVPreTrainedModel(LlamaPreTrainedModel):
+    config: LlamaSwiftKVConfig
+    config_class = LlamaSwiftKVConfig
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012
+    # Checkpoints of other projects carry the tail's unused q/k/v_proj.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.[qkv]_proj\."]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+
+
+class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
+    def __init__(self, config: LlamaSwiftKVConfig):
+        super().__init__(config)
+        for layer_idx in range(config.num_key_value_layers, config.num_hidden_layers):
+            self.layers[layer_idx].self_attn = LlamaSwiftKVAttention(config, layer_idx)
+        self.norm_swiftkv = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def run_trunk(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        first_kept: int = 0,
+        **kwargs: Any,
+    ) -> TrunkOutput:
+        """Layers below l for all new tokens. Positions before `first_kept` will not be run through the tail."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length = hidden_states.shape[1]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+        mask_arguments: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": hidden_states,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        mask = create_causal_mask(**mask_arguments)
+        tail_mask = mask
+        if first_kept > 0:
+            if mask is None and length - first_kept > 1 and self.config._attn_implementation == "sdpa":
+                # sdpa's causal flag aligns queries with the first keys; the kept ones belong to the last.
+                tail_mask = create_causal_mask(**mask_arguments, allow_is_causal_skip=False)
+            if isinstance(tail_mask, torch.Tensor) and tail_mask.ndim == 4:
+                tail_mask = tail_mask[:, :, first_kept:]
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_key_value_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return TrunkOutput(
+            hidden_states, position_embeddings, position_ids, mask, tail_mask, first_kept, past_key_values, kwargs
+        )
+
+    def run_tail(self, trunk: TrunkOutput, *, base: bool = False) -> TailOutput:
+        """Layers from l on and the final norm; `base` runs the base model's own (needs `base_projections`, no cache)."""
+        hidden_states = trunk.hidden_states
+        arguments: dict[str, Any] = {**trunk.kwargs, "position_embeddings": trunk.position_embeddings}
+        if base:
+            if not self.config.base_projections or trunk.past_key_values is not None or trunk.first_kept:
+                raise ValueError("the base's tail needs base_projections, all positions and no cache")
+            arguments |= {"attention_mask": trunk.attention_mask, "position_ids": trunk.position_ids}
+        else:
+            arguments |= {
+                "attention_mask": trunk.tail_attention_mask,
+                "position_ids": trunk.position_ids[:, trunk.first_kept :],
+                "past_key_values": trunk.past_key_values,
+                "swiftkv_states": self.norm_swiftkv(hidden_states),
+                "shared_key_values": SharedKeyValues(),
+            }
+            hidden_states = hidden_states[:, trunk.first_kept :]
+        last_layer_input = hidden_states
+        for layer in self.layers[self.config.num_key_value_layers :]:
+            last_layer_input = hidden_states
+            hidden_states = layer(hidden_states, **arguments)
+        return TailOutput(self.norm(hidden_states), last_layer_input)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As `LlamaModel.forward`; `last_hidden_state` holds the positions that `logits_to_keep` names (0: all)."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        first_kept = first_kept_position(logits_to_keep, length)
+        if self.config._attn_implementation == "flex_attention":
+            first_kept = 0  # a BlockMask has no rows to select
+        trunk = self.run_trunk(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, first_kept=first_kept, **kwargs
+        )
+        hidden_states = self.run_tail(trunk).last_hidden_state
+        return BaseModelOutputWithPast(
+            last_hidden_state=select_kept(hidden_states, logits_to_keep, first_kept, length),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class LlamaSwiftKVForCausalLM(LlamaSwiftKVPreTrainedModel, LlamaForCausalLM):
+    def __init__(self, config: LlamaSwiftKVConfig):
+        LlamaSwiftKVPreTrainedModel.__init__(self, config)
+        self.model = LlamaSwiftKVModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `LlamaForCausalLM.forward`, except that the tail runs only from the first position kept on.
+
+        `output_hidden_states` then records the tail's layers for those positions only.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def first_kept_position(logits_to_keep: int | torch.Tensor, length: int) -> int:
+    """The first of `length` positions that `logits_to_keep` (transformers' meaning: a count from the end, or positions,
+    or a mask) asks for."""
+    if isinstance(logits_to_keep, int):
+        return max(length - logits_to_keep, 0) if logits_to_keep > 0 else 0
+    if logits_to_keep.dtype == torch.bool:
+        columns = logits_to_keep.reshape(-1, length).any(0).nonzero()
+        return int(columns[0]) if len(columns) else 0
+    return int((logits_to_keep % length).min()) if logits_to_keep.numel() else 0
+
+
+def select_kept(
+    hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor, first_kept: int, length: int
+) -> torch.Tensor:
+    """The kept positions of `hidden_states` [B, length - first_kept, D]."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool:
+        mask = logits_to_keep.reshape(-1, length)[:, first_kept:]
+        return hidden_states[mask] if logits_to_keep.ndim == 2 else hidden_states[:, mask[0]]
+    positions = logits_to_keep % length - first_kept
+    if positions.ndim == 1:
+        return hidden_states[:, positions]
+    return torch.take_along_dim(hidden_states, positions[..., None], dim=1)

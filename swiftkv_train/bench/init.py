@@ -1,0 +1,48 @@
+"""`swiftkv bench init`: calibrated against copied initialisation, before any training."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from swiftkv_train.distill import Distillation
+from swiftkv_train.evaluate import environment
+from swiftkv_train.recipe import load_recipe
+
+
+def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
+    """Held-out figures of both starts on the same text (the recipe's held-out sources, `training.evaluate_tokens` each)."""
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for init in ("copy", "calibrated"):
+            output = Path(scratch) / init
+            changes = [*(overrides or []), f"rewrite.init={init}", f"training.output_dir={output}"]
+            distillation = Distillation(load_recipe(recipe, changes))
+            distillation.prepare()
+            found[init] = {name: quality.to_dict() for name, quality in distillation.evaluate().items()}
+    settings = distillation.recipe
+    rows = {
+        name: {
+            "copied": found["copy"][name],
+            "calibrated": found["calibrated"][name],
+            "kl_ratio": found["calibrated"][name]["kl"] / found["copy"][name]["kl"],
+        }
+        for name in found["copy"]
+    }
+    model = distillation.accelerator.unwrap_model(distillation.module).model
+    return {
+        "benchmark": "calibrated against copied initialisation, no training",
+        "command": " ".join(["swiftkv bench init", recipe, *(overrides or [])]),
+        "environment": environment(model),
+        "num_key_value_layers": settings.rewrite.num_key_value_layers,
+        "key_value_group_size": settings.rewrite.key_value_group_size,
+        "calibration_tokens": settings.calibration.tokens,
+        "sources": rows,
+        "summary": [
+            f"{name:<12} KL {row['calibrated']['kl']:.3f} against {row['copied']['kl']:.3f}: x {row['kl_ratio']:.3f}; "
+            f"perplexity ratio {row['calibrated']['perplexity_ratio']:.3f} against "
+            f"{row['copied']['perplexity_ratio']:.3f}"
+            for name, row in rows.items()
+        ],
+    }

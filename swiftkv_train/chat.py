@@ -1,0 +1,72 @@
+"""Talk to a checkpoint in the terminal: one answer, or a conversation that keeps its K/V between turns."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.loading import load_model, load_tokenizer
+
+
+def chat(
+    path: str, *, prompt: str | None = None, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+) -> None:
+    """Answer `prompt`, or read messages from the terminal until its end; answers stream to standard output.
+
+    Raises:
+        UserError: no such model, no chat template, or a conversation longer than the model's context.
+    """
+    from transformers import DynamicCache, TextStreamer
+
+    tokenizer = load_tokenizer(path)
+    if not tokenizer.chat_template:
+        raise UserError(f"{path} has no chat template; it is not a chat model")
+    model = load_model(path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    cache: Any = DynamicCache(config=model.config)
+    known = torch.empty(0, dtype=torch.long)
+    while True:
+        message = prompt if prompt is not None else _read()
+        if message is None:
+            return
+        if message.strip():
+            messages.append({"role": "user", "content": message})
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            ids = inputs["input_ids"]
+            limit = model.config.max_position_embeddings
+            if ids.shape[1] + max_new_tokens > limit:
+                raise UserError(
+                    f"{ids.shape[1]} tokens of conversation and {max_new_tokens} new ones exceed the context of {limit}"
+                )
+            # What the cache holds is kept only as far as the new prompt starts with it.
+            if len(known) > ids.shape[1] or not torch.equal(ids[0, : len(known)], known):
+                cache, known = DynamicCache(config=model.config), known[:0]
+            sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+            output = model.generate(
+                ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **sampling,
+            )
+            known = output[0, : cache.get_seq_length()].cpu()
+            reply = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": reply})
+        if prompt is not None:
+            return
+
+
+def _read() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

@@ -1,0 +1,226 @@
+"""The command `swiftkv`. Each command imports what it needs when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from swiftkv_train.errors import RunError, UserError
+
+app = typer.Typer(
+    help="Rewrite, distil, export, measure and serve Llama checkpoints in SwiftKV form.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+bench_app = typer.Typer(help="Measure this project's parts side by side with what they replace.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe file.", show_default=False)]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer on Python 3.10 wants it spelt so)
+    typer.Argument(help="key=value overrides, for instance training.steps=200.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _example(command: str) -> str:
+    return f"Example: `{command}`"
+
+
+def _print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2))
+
+
+@app.command(epilog=_example("swiftkv fetch smollm2-135m --to models/smollm2-135m"))
+def fetch(
+    source: Annotated[str, typer.Argument(help="smollm2-135m, a hub id, a model directory, or a .gguf file.")],
+    to: Annotated[Path, typer.Option(help="Directory to put the model in.")],
+    data: Annotated[Path, typer.Option(help="Directory for the demo text and chats of smollm2-135m.")] = Path("data/demo"),
+    revision: Annotated[Optional[str], typer.Option(help="Revision of a hub id.")] = None,  # noqa: UP045
+) -> None:
+    """Get a model as safetensors, with tokenizer and chat template, checksums verified."""
+    from swiftkv_train.fetch import fetch as run
+
+    run(source, to, data_dir=data, revision=revision, report=_say)
+
+
+@app.command(epilog=_example("swiftkv calibrate recipes/smollm2-135m/quickstart.yaml"))
+def calibrate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, as a run to export."""
+    raise typer.Exit(_distil(recipe, overrides, calibrate_only=True))
+
+
+@app.command(epilog=_example("swiftkv distill recipes/smollm2-135m/quickstart.yaml training.steps=200"))
+def distill(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in training.output_dir.")] = False,
+) -> None:
+    """Rewrite a base model, calibrate its tail and distil the base back into it.
+
+    `accelerate launch -m swiftkv_train.distill RECIPE` does the same on several processes.
+    """
+    raise typer.Exit(_distil(recipe, overrides, resume=resume))
+
+
+def _distil(recipe: str, overrides: list[str] | None, **options: bool) -> int:
+    from swiftkv_train.allocator import keep_freed_memory
+    from swiftkv_train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides)  # before torch is loaded: a typing error answers at once
+    keep_freed_memory()
+    from swiftkv_train.distill import distill as run
+
+    return run(checked, **options)
+
+
+@app.command(epilog=_example("swiftkv export outputs/quickstart/run --to outputs/quickstart/checkpoint"))
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory of `swiftkv distill`.")],
+    to: Annotated[Path, typer.Option(help="Directory to make.")],
+    format: Annotated[str, typer.Option(help="hf: stands alone with transformers; arctic: for ArcticInference.")] = "hf",
+) -> None:
+    """Write a run's last checkpoint as a model that needs nothing of this project, and check it in a clean process."""
+    if format not in ("hf", "arctic"):
+        raise UserError(f"--format {format!r} is not known; use hf or arctic")
+    from swiftkv_train.export import export as write
+
+    write(run, to, format=format, report=_say)
+
+
+@app.command(
+    epilog=_example(
+        "swiftkv evaluate outputs/quickstart/checkpoint --base models/smollm2-135m --report outputs/quickstart/report"
+    )
+)
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint.")],
+    base: Annotated[str, typer.Option(help="The model it was made from.")],
+    report: Annotated[Path, typer.Option(help="Directory for report.json, report.md and plots.")],
+    data: Annotated[Optional[list[str]], typer.Option(help="Held-out NAME=PATH; default: the recipe's.")] = None,  # noqa: UP045
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens per source.")] = 16_384,
+    gate: Annotated[Optional[list[str]], typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Measure what the rewrite cost and gained: held-out KL, agreement, perplexity, first token, K/V bytes, answers."""
+    from swiftkv_train.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    from swiftkv_train.evaluate import evaluate as run
+
+    result = run(checkpoint, base=base, report_dir=report, data=data, tokens=tokens, gates=gate)
+    if as_json:
+        _print_json(result)
+    else:
+        from swiftkv_train.evaluate.summary import print_summary
+
+        print_summary(result)
+
+
+@app.command(epilog=_example("swiftkv serve outputs/quickstart/checkpoint --port 8000"))
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say so.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(envvar="SWIFTKV_API_KEY", help="Key that clients must send."),
+    ] = None,
+    model_name: Annotated[Optional[str], typer.Option(help="Name in the API; default: the directory's.")] = None,  # noqa: UP045
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
+) -> None:
+    """Serve a checkpoint with an OpenAI-compatible API."""
+    from swiftkv_train.serve import run_server
+
+    run_server(checkpoint, host=host, port=port, api_key=api_key, served_model_name=model_name, max_queue=max_queue)
+
+
+@app.command(epilog=_example('swiftkv chat outputs/quickstart/checkpoint --prompt "Why is the sky blue?"'))
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
+    prompt: Annotated[Optional[str], typer.Option(help="Answer this one message and end.")] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely token each time.")] = 0.0,
+) -> None:
+    """Talk to a checkpoint in the terminal."""
+    from swiftkv_train.chat import chat as run
+
+    run(checkpoint, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+OutputOption = Annotated[Optional[Path], typer.Option("--output", help="Also write the result to this JSON file.")]  # noqa: UP045
+
+
+def _finish_bench(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
+    from swiftkv_train.bench import finish
+
+    finish(result, output, as_json)
+
+
+@bench_app.command("init", epilog=_example("swiftkv bench init recipes/smollm2-135m/quickstart.yaml"))
+def bench_init(
+    recipe: RecipeArgument, overrides: Overrides = None, output: OutputOption = None, as_json: Json = False
+) -> None:
+    """Calibrated against copied initialisation on the recipe's held-out text, without training."""
+    from swiftkv_train.bench.init import measure
+
+    _finish_bench(measure(recipe, overrides), output, as_json)
+
+
+@bench_app.command("step", epilog=_example("swiftkv bench step models/smollm2-135m"))
+def bench_step(
+    model: Annotated[str, typer.Argument(help="Base model.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    sequence_length: Annotated[int, typer.Option(min=8)] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each kind.")] = 5,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """One distillation step against a reference-style step: tokens per second and peak memory."""
+    from swiftkv_train.bench.step import measure
+
+    _finish_bench(measure(model, batch_size, sequence_length, repeats), output, as_json)
+
+
+@bench_app.command(
+    "prefill", epilog=_example("swiftkv bench prefill outputs/quickstart/checkpoint --base models/smollm2-135m")
+)
+def bench_prefill(
+    checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint.")],
+    base: Annotated[str, typer.Option(help="The model it was made from.")],
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,1024,2048,4096",
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time to first token of a checkpoint over its base's, through `generate`."""
+    from swiftkv_train.bench.prefill import measure
+
+    _finish_bench(measure(checkpoint, base, lengths, repeats), output, as_json)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(*prefix: str) -> None:
+    """Entry point. A user's mistake becomes one line and status 2, a failure one line and status 1."""
+    try:
+        app(args=[*prefix, *sys.argv[1:]], prog_name="swiftkv")
+    except (UserError, RunError) as error:
+        _say(f"error: {error}")
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Reading: a recipe's `Source` as an iterator of documents, in an order that never changes.
+
+`.txt` and `.md`: the whole file is one document. `.jsonl`: one row per line. `.json`: a list of rows. `.parquet`: rows.
+All but parquet may be gzipped (`.gz`). A hub dataset, or a directory `datasets.load_dataset` understands, goes by
+`dataset`.
+Bad rows are skipped and counted; a file that cannot be read at all stops the run.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from swiftkv_train.data.documents import KNOWN_COLUMNS, BadRow, Document, TextDocument, document_from_row
+from swiftkv_train.data.files import sha256_of_file
+from swiftkv_train.errors import UserError
+from swiftkv_train.recipe import Source
+
+logger = logging.getLogger(__name__)
+
+FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+SHOWN_BAD_ROWS = 5
+
+
+class SkippedRows:
+    """Counts the rows of one source that could not be used and reports the first few."""
+
+    def __init__(self, source_name: str) -> None:
+        self.source_name = source_name
+        self.count = 0
+        self.first: str | None = None
+
+    def add(self, location: str, reason: str) -> None:
+        self.count += 1
+        self.first = self.first or f"{location}: {reason}"
+        if self.count <= SHOWN_BAD_ROWS:
+            logger.warning("%s: %s", location, reason)
+
+    def summarise(self, documents: int) -> None:
+        """Log the count once. Raises UserError when not a single document was left."""
+        if documents == 0:
+            why = f"all {self.count} rows were skipped, the first: {self.first}" if self.count else "it has no rows"
+            raise UserError(f"source {self.source_name!r} holds no usable document: {why}")
+        if self.count:
+            logger.warning("source %r: %d rows skipped, %d documents kept", self.source_name, self.count, documents)
+
+
+def resolve_files(source: Source) -> list[Path]:
+    """The files a `path` source stands for, sorted; empty for a `dataset` source.
+
+    Raises:
+        UserError: nothing is there, or what is there has no known format.
+    """
+    if source.path is None:
+        return []
+    known = ", ".join(FORMATS)
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if _format_of(path) is None:
+            raise UserError(f"source {source.name!r}: {path} has an unknown format; known are {known}")
+        return [path]
+    if path.is_dir():
+        found = [item for item in path.rglob("*") if not _is_hidden(item.relative_to(path))]
+    else:
+        found = [Path(item) for item in glob.glob(str(path), recursive=True)]
+        if not found:
+            raise UserError(f"source {source.name!r}: {source.path} does not exist or matches no file")
+    files = sorted((item for item in found if item.is_file() and _format_of(item)), key=lambda item: item.parts)
+    if not files:
+        raise UserError(f"source {source.name!r}: {source.path} holds no file of a known format ({known})")
+    return files
+
+
+def file_identities(source: Source) -> dict[tuple[int, int], Path]:
+    """Device and inode of every file of a source: links to one file are one file."""
+    identities = {}
+    for path in resolve_files(source):
+        status = os.stat(path)
+        identities[status.st_dev, status.st_ino] = path
+    return identities
+
+
+def open_dataset(source: Source) -> Any:
+    """The `datasets.Dataset` a `dataset` source names.
+
+    Raises:
+        UserError: it cannot be loaded, for whatever reason the library has.
+    """
+    import datasets
+
+    assert source.dataset is not None
+    try:
+        return datasets.load_dataset(source.dataset, source.subset, split=source.split)
+    except Exception as error:  # The library raises some twenty unrelated types: hub, network, parsing, missing split.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        full_name = source.dataset if source.subset is None else f"{source.dataset}/{source.subset}"
+        raise UserError(
+            f"source {source.name!r}: dataset {full_name!r}, split {source.split!r}, cannot be loaded ({reason}); "
+            "check the name, the split and the network, or download it and use `path`"
+        ) from None
+
+
+def content_key(source: Source, dataset: Any = None) -> Any:
+    """What the content of a source is known by: (format, size, SHA-256) of every file, or the dataset's fingerprint."""
+    if source.path is None:
+        return {"dataset": dataset._fingerprint}
+    return [[*_format_and_packing(path), path.stat().st_size, sha256_of_file(path)] for path in resolve_files(source)]
+
+
+def read_documents(source: Source, skipped: SkippedRows | None = None, dataset: Any = None) -> Iterator[Document]:
+    """The documents of a source, at most `max_documents`; rows of no use are reported to `skipped`.
+
+    Args:
+        dataset: what `open_dataset` returned, where the caller has it already.
+
+    Raises:
+        UserError: a missing path, an unreadable or damaged file, text that is not UTF-8, a dataset that will not load.
+    """
+    skipped = SkippedRows(source.name) if skipped is None else skipped
+    if source.path is None:
+        dataset = open_dataset(source) if dataset is None else dataset
+        documents = _dataset_documents(source, dataset, skipped)
+    else:
+        documents = (document for path in resolve_files(source) for document in _file_documents(source, path, skipped))
+    return islice(documents, source.max_documents)
+
+
+def _file_documents(source: Source, path: Path, skipped: SkippedRows) -> Iterator[Document]:
+    readers = {"jsonl": _jsonl_rows, "json": _json_rows, "parquet": _parquet_rows}
+    form = _format_of(path)
+    if form == "text":
+        if source.kind == "chat":
+            raise UserError(
+                f"source {source.name!r}: {path} is plain text, but `kind: chat` needs .jsonl, .json or .parquet"
+            )
+        text = _read_text(path)
+        if text.strip():
+            yield TextDocument(str(path), text)
+        else:
+            skipped.add(str(path), "the file is empty")
+        return
+    for location, row in readers[cast(str, form)](source, path, skipped):
+        try:
+            yield document_from_row(row, location, source)
+        except BadRow as reason:
+            skipped.add(location, str(reason))
+
+
+def _dataset_documents(source: Source, dataset: Any, skipped: SkippedRows) -> Iterator[Document]:
+    columns = _wanted_columns(source, dataset.column_names)
+    for number, row in enumerate(dataset.select_columns(columns) if columns else ()):
+        location = f"{source.dataset}[{source.split}]:{number}"
+        try:
+            yield document_from_row(row, location, source)
+        except BadRow as reason:
+            skipped.add(location, str(reason))
+    if not columns:
+        skipped.add(f"{source.dataset}[{source.split}]", f"no usable column among {', '.join(dataset.column_names)}")
+
+
+def _jsonl_rows(source: Source, path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with _open(path) as file:
+        for number, line in enumerate(_guarded(file, path), start=1):
+            location = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                yield location, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                skipped.add(location, f"not UTF-8 (byte {error.start} of the line)")
+            except (ValueError, RecursionError) as error:
+                skipped.add(location, f"not JSON ({error})")
+    if number == 0:
+        skipped.add(str(path), "the file is empty")
+
+
+def _json_rows(source: Source, path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
+    text = _read_text(path)
+    if not text.strip():
+        skipped.add(str(path), "the file is empty")
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); for one row per line name it .jsonl") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} must hold a list of rows; for one row per line name it .jsonl")
+    for number, row in enumerate(rows):
+        yield f"{path}:[{number}]", row
+
+
+def _parquet_rows(source: Source, path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _wanted_columns(source, file.schema_arrow.names)
+            if not columns:
+                skipped.add(str(path), f"no usable column among {', '.join(file.schema_arrow.names)}")
+                return
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{path}:row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable parquet file ({reason}); write or download it again") from None
+    if number == 0:
+        skipped.add(str(path), "the file has no rows")
+
+
+def _wanted_columns(source: Source, present: list[str]) -> list[str]:
+    wanted = KNOWN_COLUMNS if source.field is None else {source.field, "loss_mask"}
+    columns = [name for name in present if name in wanted]
+    return [] if source.field is not None and source.field not in columns else columns
+
+
+def _read_text(path: Path) -> str:
+    with _open(path) as file:
+        content = b"".join(_guarded(file, path))
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}); convert it, for example: iconv -f LATIN1 -t UTF-8"
+        ) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _guarded(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """The file's lines; damage found on the way is the user's to mend, not a traceback."""
+    try:
+        yield from file
+    except (EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); write or download it again") from None
+
+
+def _format_of(path: Path) -> str | None:
+    form, _ = _format_and_packing(path)
+    return form
+
+
+def _format_and_packing(path: Path) -> tuple[str | None, str]:
+    if path.suffix == ".gz":
+        form = FORMATS.get(path.with_suffix("").suffix)
+        return (None if form == "parquet" else form), "gz"
+    return FORMATS.get(path.suffix), ""
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

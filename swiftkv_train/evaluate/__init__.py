@@ -1,0 +1,228 @@
+"""Measure a checkpoint against its base: `swiftkv evaluate CHECKPOINT --base BASE --report DIR`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from swiftkv_train.data import held_out_batches, tokenize_source
+from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.evaluate.quality import source_quality
+from swiftkv_train.evaluate.report import write_report
+from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
+from swiftkv_train.export.card import replace_figures
+from swiftkv_train.loading import load_model, load_tokenizer
+from swiftkv_train.progress import Reporter
+from swiftkv_train.quality import summarise
+from swiftkv_train.recipe import Recipe, Source
+
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short polite e-mail asking a colleague to move our meeting to Thursday.",
+)
+# figure -> whether a gate's value is the most (True) or the least (False) allowed
+GATES = {"kl": True, "perplexity_ratio": True, "agreement": False, "time_to_first_token_ratio": True}
+
+
+def evaluate(
+    checkpoint: str,
+    *,
+    base: str,
+    report_dir: str | Path,
+    data: list[str] | None = None,
+    tokens: int = 16_384,
+    prompt_lengths: tuple[int, ...] = (512, 2048),
+    new_tokens: int = 64,
+    gates: list[str] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Compare `checkpoint` with `base` and write report.json, report.md and plots to `report_dir`.
+
+    Args:
+        data: `NAME=PATH` held-out sources; left out, those of the recipe that the checkpoint carries.
+        tokens: held-out tokens per source.
+        gates: `FIGURE=LIMIT`; see GATES.
+
+    Raises:
+        UserError: no such model, vocabularies differ, no held-out data, a malformed gate.
+        RunError: a gate is exceeded (the report is written all the same).
+    """
+    limits = [_parse_gate(gate) for gate in gates or []]
+    report = Reporter(enabled=not quiet)
+    student_model = load_model(checkpoint, families=("llama_swiftkv",))
+    base_model = load_model(base, families=("llama",), dtype=str(student_model.dtype).removeprefix("torch."))
+    tokenizer = load_tokenizer(checkpoint)
+    vocabularies = student_model.config.vocab_size, base_model.config.vocab_size
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"vocabulary mismatch: {checkpoint} has {vocabularies[0]} tokens, {base} has {vocabularies[1]}; "
+            "give the base that the checkpoint was made from"
+        )
+    for model in (student_model, base_model):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    recipe = _recipe_of(checkpoint)
+    sources = [_parse_source(text) for text in data] if data else (recipe.data.held_out if recipe else [])
+    if not sources:
+        raise UserError(f"{checkpoint} names no held-out data; give --data NAME=PATH")
+    trained_kinds = {source.name for source in recipe.data.train} if recipe else set()
+    length = recipe.data.sequence_length if recipe else 512
+    cache_dir = recipe.data.cache_dir if recipe else "outputs/token-cache"
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    figures: dict[str, Any] = {}
+    pooled = []
+    for source in sources:
+        tokenized = tokenize_source(source, tokenizer, vocab_size=vocabularies[0], cache_dir=cache_dir)
+        batches = held_out_batches(tokenized, length, tokens, 4, pad)
+        total = sum(batch.input_ids.numel() for batch in batches)
+        with report.bar(f"quality {source.name}", total, "tokens") as advance:
+            quality = source_quality(student_model, base_model, batches, advance)
+        figures[source.name] = {**quality.to_dict(), "kind_trained_on": source.name in trained_kinds}
+        if source.name in trained_kinds:
+            pooled.append(quality.measures)
+        prompt = batches[0].input_ids[0]
+    with report.bar("first token", total=6 * len(prompt_lengths), unit="turns") as advance:
+        first_token = time_to_first_token(student_model, base_model, prompt, list(prompt_lengths), advance=advance)
+    result = {
+        "checkpoint": checkpoint,
+        "base": base,
+        "environment": environment(student_model),
+        "sources": figures,
+        "held_out": summarise(torch.cat(pooled)).to_dict() if pooled else None,
+        "time_to_first_token": first_token,
+        "cache_bytes_per_token": {
+            "base": cache_bytes_per_token(base_model),
+            "student": cache_bytes_per_token(student_model),
+        },
+        "generations": side_by_side(student_model, base_model, tokenizer, new_tokens, report),
+    }
+    directory = Path(report_dir)
+    try:
+        write_report(result, directory)
+        _update_card(Path(checkpoint), result)
+    except OSError as error:
+        raise UserError(f"report {directory} cannot be written: {error.strerror}") from None
+    report.line(f"report      {directory / 'report.md'}")
+    for figure, limit in limits:
+        _check_gate(result, figure, limit)
+    return result
+
+
+def side_by_side(
+    student: PreTrainedModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+    report: Reporter,
+) -> list[dict[str, str]]:
+    """Greedy answers of both models to PROMPTS."""
+    rows = []
+    with report.bar("answers", total=2 * len(PROMPTS), unit="answers") as advance:
+        for prompt in PROMPTS:
+            row = {"prompt": prompt}
+            for name, model in (("base", base), ("student", student)):
+                row[name] = answer(model, tokenizer, prompt, new_tokens)
+                advance(1)
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """The model's greedy answer, through the chat template where there is one."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids = inputs["input_ids"].to(model.device)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def environment(model: PreTrainedModel) -> dict[str, Any]:
+    """What a measured number depends on."""
+    import transformers
+
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _recipe_of(checkpoint: str) -> Recipe | None:
+    file = Path(checkpoint) / "swiftkv.json"
+    if not file.is_file():
+        return None
+    try:
+        return Recipe.model_validate_json(json.dumps(json.loads(file.read_text(encoding="utf-8"))["recipe"]))
+    except (ValueError, KeyError):
+        raise UserError(f"{file} is damaged; export the checkpoint again or give --data NAME=PATH") from None
+
+
+def _parse_source(text: str) -> Source:
+    name, separator, path = text.partition("=")
+    if not separator or not name or not path:
+        raise UserError(f"--data {text!r} must look like NAME=PATH")
+    return Source(name=name, path=path)  # type: ignore[call-arg]
+
+
+def _parse_gate(text: str) -> tuple[str, float]:
+    figure, _, value = text.partition("=")
+    if figure not in GATES:
+        raise UserError(f"--gate {text!r}: unknown figure {figure!r}; known: {', '.join(GATES)}")
+    try:
+        return figure, float(value)
+    except ValueError:
+        raise UserError(f"--gate {text!r} must look like {figure}=0.2") from None
+
+
+def _check_gate(result: dict[str, Any], figure: str, limit: float) -> None:
+    if figure == "time_to_first_token_ratio":
+        found = max(row["ratio"] for row in result["time_to_first_token"])
+    else:
+        rows = [result["held_out"]] if result["held_out"] else list(result["sources"].values())
+        found = (max if GATES[figure] else min)(row[figure] for row in rows)
+    if found > limit if GATES[figure] else found < limit:
+        raise RunError(f"gate: {figure} is {found:.4f}, {'above' if GATES[figure] else 'below'} the limit {limit}")
+
+
+def _update_card(checkpoint: Path, result: dict[str, Any]) -> None:
+    card = checkpoint / "README.md"
+    if card.is_file():
+        rows = [
+            (name, row["kl"], row["agreement"], row["base_perplexity"], row["student_perplexity"])
+            for name, row in result["sources"].items()
+        ]
+        card.write_text(replace_figures(card.read_text(encoding="utf-8"), rows), encoding="utf-8")

@@ -1,0 +1,56 @@
+"""Distributions of a checkpoint against its base's, on held-out documents, by source and by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from swiftkv_train.data import Batch
+from swiftkv_train.quality import Quality, summarise, token_measures
+
+ROWS = 256  # tokens whose logits [ROWS, vocabulary] exist at a time
+SMALLEST_BUCKET = 16
+
+
+@dataclass
+class SourceQuality:
+    overall: Quality
+    by_position: dict[str, Quality]  # "64-127" -> figures of the tokens at these positions of their document
+    measures: torch.Tensor  # [N, 4], see token_measures
+
+    def to_dict(self) -> dict[str, Any]:
+        by_position = {name: quality.to_dict() for name, quality in self.by_position.items()}
+        return {**self.overall.to_dict(), "by_position": by_position}
+
+
+@torch.no_grad()
+def source_quality(
+    student: PreTrainedModel, base: PreTrainedModel, batches: list[Batch], advance: Callable[[int], None]
+) -> SourceQuality:
+    """Compare two models that share a vocabulary over the loss positions of `batches` (at least one)."""
+    measures, positions = [], []
+    for batch in batches:
+        batch = batch.to(student.device)
+        states = [
+            model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+            for model in (student, base)
+        ]
+        next_ids = batch.input_ids.roll(-1, dims=1)[batch.loss_mask]
+        picked = [state[batch.loss_mask].split(ROWS) for state in states]
+        for student_rows, base_rows, ids in zip(*picked, next_ids.split(ROWS), strict=True):
+            measures.append(token_measures(student.lm_head(student_rows), base.lm_head(base_rows), ids).cpu())
+        positions.append(batch.position_ids[batch.loss_mask].cpu())
+        advance(batch.input_ids.numel())
+    rows, position = torch.cat(measures), torch.cat(positions)
+    buckets = {}
+    low, high = 0, SMALLEST_BUCKET
+    while low <= int(position.max()):
+        chosen = (position >= low) & (position < high)
+        if chosen.any():
+            buckets[f"{low}-{high - 1}"] = summarise(rows[chosen])
+        low, high = high, high * 2
+    return SourceQuality(summarise(rows), buckets, rows)

@@ -1,0 +1,131 @@
+"""Turn a run into a checkpoint that stands alone: `swiftkv export RUN --to DIR`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from swiftkv_models import LlamaSwiftKVForCausalLM
+from swiftkv_train.distill import build_model, load_trained
+from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.export.bundle import bundle
+from swiftkv_train.export.card import model_card
+from swiftkv_train.export.check import check_in_clean_process
+from swiftkv_train.loading import load_tokenizer, one_line
+from swiftkv_train.run_directory import RunDirectory, publish_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MODULE = "modeling_llama_swiftkv"
+PROVENANCE = "swiftkv.json"
+
+
+def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: Callable[[str], None] = print) -> Path:
+    """Write the last checkpoint of a run as a checkpoint of format `hf` (see DESIGN in README) or `arctic`.
+
+    `hf`: safetensors without the tail's unused base projections, the modelling code, tokenizer, chat template,
+    generation config and a model card. `arctic`: the layout that ArcticInference's plugin loads; it keeps the tail's own
+    q/k/v_proj and repeats a group leader's K/V in every member, and brings no code.
+
+    Raises:
+        UserError: no run or checkpoint there, `to` already exists, or the disk refuses to take it.
+        RunError: what was written does not work by itself. In either case nothing is left under the final name.
+    """
+    run = RunDirectory.open(run_path)
+    final = Path(to)
+    if final.exists():
+        raise UserError(f"{final} already exists; choose another directory or remove it")
+    checkpoint = run.last_checkpoint()
+    recipe = run.recipe()
+    report(f"run         {run.path}, step {checkpoint.step} of {recipe.training.steps}")
+    model = build_model(recipe)
+    load_trained(model, checkpoint.weights(), str(checkpoint.path))
+    tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
+    provenance = {
+        "base": recipe.model.base,
+        "step": checkpoint.step,
+        "recipe": recipe.model_dump(mode="json"),
+        "calibration": run.read_json("calibration.json"),
+        "held_out": last_held_out(run),
+    }
+    exported = model if format == "arctic" else without_base_projections(model)
+    temporary = final.parent / f".{final.name}.partial"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if format == "arctic":
+            _write_arctic(exported, temporary)
+        else:
+            _write_hf(exported, temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(exported.config, provenance), encoding="utf-8")
+        if format == "hf":
+            report("check       loading the checkpoint by itself in a clean process")
+            difference = check_in_clean_process(temporary, exported)
+            report(f"check       logits agree (largest difference {difference:.1g} of their spread)")
+        publish_directory(temporary, final)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{final} cannot be written: {one_line(error)}; nothing was left there") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
+    report(f"exported    {final} ({size / 2**20:.0f} MiB)")
+    return final
+
+
+def without_base_projections(model: LlamaSwiftKVForCausalLM) -> LlamaSwiftKVForCausalLM:
+    """The same model without the tail's own q/k/v_proj, sharing all other tensors."""
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    config = type(model.config).from_dict({**fields, "base_projections": False})
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        stripped = type(model)(config)
+    weights = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in stripped.state_dict()}
+    stripped.load_state_dict(weights, strict=True, assign=True)
+    stripped.model.rotary_emb = model.model.rotary_emb
+    stripped.tie_weights()
+    stripped.generation_config = model.generation_config
+    return stripped.eval()
+
+
+def _write_hf(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
+    model.config.auto_map = {
+        "AutoConfig": f"{MODULE}.LlamaSwiftKVConfig",
+        "AutoModelForCausalLM": f"{MODULE}.LlamaSwiftKVForCausalLM",
+    }
+    model.save_pretrained(directory)
+    for name, source in bundle("swiftkv_models.llama", MODULE).items():
+        (directory / name).write_text(source, encoding="utf-8")
+
+
+def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
+    config = model.config
+    weights = model.state_dict()
+    for layer in range(config.num_key_value_layers, config.num_hidden_layers):
+        leader = config.key_value_leader(layer)
+        for name in list(weights):
+            if re.match(rf"model\.layers\.{leader}\.self_attn\.[kv]_proj_swiftkv\.", name):
+                weights[name.replace(f"layers.{leader}.", f"layers.{layer}.", 1)] = weights[name].clone()
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    model.save_pretrained(directory, state_dict=weights)
+
+
+def last_held_out(run: RunDirectory) -> dict[str, Any] | None:
+    """The newest held-out figures that a run logged: source name -> figures."""
+    if not run.metrics_path.exists():
+        return None
+    rows = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
+    return next((row["held_out"] for row in reversed(rows) if "held_out" in row), None)
+
+
+__all__ = ["RunError", "export"]

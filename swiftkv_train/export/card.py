@@ -1,0 +1,67 @@
+"""The model card of an exported checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swiftkv_models import LlamaSwiftKVConfig
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def model_card(config: LlamaSwiftKVConfig, provenance: dict[str, Any]) -> str:
+    """README.md of a checkpoint: what it is, how to load it, what was measured on it."""
+    base = provenance["base"]
+    first, layers, group = config.num_key_value_layers, config.num_hidden_layers, config.key_value_group_size
+    cached = config.num_cached_layers / layers
+    rows = [
+        (name, quality["kl"], quality["agreement"], quality["base_perplexity"], quality["student_perplexity"])
+        for name, quality in (provenance["held_out"] or {}).items()
+    ]
+    sharing = f"groups of {group} tail layers share one K/V" if group > 1 else "every tail layer has a K/V of its own"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [swiftkv]
+---
+# {Path(base).name} in SwiftKV form
+
+{base} rewritten so that prompt tokens run through {first} of its {layers} layers only: the K/V of the other
+{layers - first} come from the output of layer {first - 1} (SingleInputKV), and {sharing} (AcrossKV). The cache holds
+{cached:.1%} of the base's bytes. The tail's Q/K/V projections were distilled from the base for {provenance["step"]}
+steps; everything else is the base's, whose licence holds.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+`generate` skips the tail for prompt tokens by itself. The files beside the weights are all the code it needs.
+
+## Measured on held-out text
+
+{figures_block(rows)}
+
+KL is in nats per token, KL(base || this model); agreement is the share of tokens on which both put the same one first.
+Made with swiftkv-train; the whole recipe is in `swiftkv.json`. Method: SwiftKV, arXiv 2410.03960.
+"""
+
+
+def figures_block(rows: list[tuple[str, float, float, float, float]]) -> str:
+    """The table between two markers, so that a later evaluation can put its own in place."""
+    lines = [BEGIN, "| text | KL | agreement | perplexity, base | perplexity, this | ratio |", "|---|---|---|---|---|---|"]
+    for name, kl, agreement, base, student in rows:
+        lines.append(f"| {name} | {kl:.3f} | {agreement:.1%} | {base:.2f} | {student:.2f} | {student / base:.3f} |")
+    if not rows:
+        lines.append("| not measured | | | | | |")
+    return "\n".join([*lines, END])
+
+
+def replace_figures(card: str, rows: list[tuple[str, float, float, float, float]]) -> str:
+    """`card` with its table replaced; unchanged when the markers are gone."""
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return before + figures_block(rows) + after if begin and end else card

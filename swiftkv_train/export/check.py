@@ -1,0 +1,85 @@
+"""Does a written checkpoint work on its own? Loads it in a clean process and compares its logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from swiftkv_train.errors import RunError
+from swiftkv_train.loading import one_line
+from swiftkv_models import LlamaSwiftKVForCausalLM
+
+# Runs where this project must not be importable: the checkpoint has to bring everything itself.
+PROBE = """
+import json, sys
+sys.modules.update(dict.fromkeys(("swiftkv_models", "swiftkv_kernels", "swiftkv_train")))
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+directory, output, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(threads)
+model, info = AutoModelForCausalLM.from_pretrained(
+    directory, trust_remote_code=True, dtype="auto", output_loading_info=True
+)
+problems = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind) or ()]
+if problems:
+    sys.exit(f"{len(problems)} tensors do not fit the checkpoint's own code, the first is {problems[0]}")
+ids = torch.tensor(json.loads(sys.stdin.read()))
+with torch.no_grad():
+    full = model(ids, use_cache=False).logits
+    prefill = model(ids, use_cache=True, logits_to_keep=1)
+    generated = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+stored = sum(t.numel() for layer in prefill.past_key_values.layers if layer.keys is not None
+             for t in (layer.keys, layer.values))
+save_file({"full": full.float().contiguous(), "prefill": prefill.logits.float().contiguous(),
+           "generated": generated, "stored": torch.tensor(stored)}, output)
+"""
+
+
+@torch.no_grad()
+def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> float:
+    """Largest difference between the logits of `directory`, loaded alone, and of `model`; relative to their spread.
+
+    Raises:
+        RunError: it does not load, its logits differ, or its prefill or cache are not SwiftKV's.
+    """
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (2, min(24, vocabulary)), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "logits.safetensors"
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        result = subprocess.run(
+            [sys.executable, "-c", PROBE, str(directory.resolve()), str(output), str(torch.get_num_threads())],
+            input=json.dumps(ids.tolist()),
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+            env=environment,
+            check=False,
+        )
+        if result.returncode != 0:
+            reason = result.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise RunError(f"the exported checkpoint does not load by itself: {one_line(ValueError(reason[0]))}")
+        found = load_file(output)
+    device = model.device
+    expected = model(ids.to(device), use_cache=False).logits.float().cpu()
+    spread = float(expected.std())
+    difference = float((found["full"] - expected).abs().max()) / spread
+    prefill = float((found["prefill"][:, -1] - expected[:, -1]).abs().max()) / spread
+    # Both sides compute in the checkpoint's dtype; only the order of sums may differ (another attention path).
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2}.get(model.dtype, 1e-1)
+    if not max(difference, prefill) <= tolerance:
+        raise RunError(f"the exported checkpoint's logits differ by {max(difference, prefill):.2g} of their spread")
+    config = model.config
+    per_layer = 2 * ids.numel() * config.num_key_value_heads * config.head_dim
+    if int(found["stored"]) != per_layer * config.num_cached_layers:
+        raise RunError("the exported checkpoint's cache does not hold one K/V per group")
+    return max(difference, prefill)

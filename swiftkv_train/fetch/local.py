@@ -1,0 +1,137 @@
+"""Check a model directory: a known family, and every weight there with the right name and shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from swiftkv_train.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+
+
+def check_model(directory: Path) -> list[str]:
+    """The names of the files that make up the model in `directory`, weights first.
+
+    Every shard is opened, so a truncated one is found, and the tensors' names and shapes are compared with those of
+    the model that config.json describes. Raises UserError with the first thing that is wrong.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(directory)
+    shards = _shards(directory)
+    found: dict[str, tuple[int, ...]] = {}
+    for filename, listed in shards.items():
+        shapes = _shapes(directory / filename)
+        if absent := sorted(set(listed or shapes) - shapes.keys()):
+            raise UserError(f"{directory / filename} lacks {absent[0]}, which {INDEX} places in it")
+        found |= shapes
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    optional = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    if missing := sorted(expected.keys() - found.keys() - optional):
+        raise UserError(f"{directory} lacks {len(missing)} weights of the model, among them {missing[0]}")
+    unknown = [name for name in sorted(found.keys() - expected.keys()) if not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise UserError(
+            f"{directory} holds {len(unknown)} weights that the model does not have, among them {unknown[0]}"
+        )
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name] != found[name]:
+            raise UserError(f"{directory}: {name} has shape {found[name]}, config.json says {expected[name]}")
+    companions = [name for name in COMPANIONS if (directory / name).is_file()]
+    return [*shards, *([INDEX] if (directory / INDEX).is_file() else []), *companions]
+
+
+def copy_model(directory: Path, names: list[str], to: Path) -> None:
+    """Put the files `names` (see check_model) of `directory` into `to`.
+
+    Weights are hard links where the file system allows it: they are large and nothing writes into them. Files that a
+    user may edit are copied.
+    """
+    for name in names:
+        source = (directory / name).resolve()  # the hub's cache is made of links
+        if name.endswith(".safetensors"):
+            try:
+                os.link(source, to / name)
+                continue
+            except OSError:
+                pass
+        shutil.copyfile(source, to / name)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def _config(directory: Path) -> Any:
+    from swiftkv_models import FAMILIES
+    from transformers import AutoConfig
+
+    raw = _read_json(directory / "config.json")
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if str(model_type).endswith("_swiftkv"):
+        raise UserError(f"{directory} is already in SwiftKV form ({model_type}); fetch the base model it was made from")
+    if model_type not in FAMILIES:
+        raise UserError(f"{directory}: model_type is {model_type!r}; known families: {', '.join(FAMILIES)}")
+    if "quantization_config" in raw:
+        raise UserError(f"{directory} holds quantised weights; fetch the unquantised model")
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # config classes raise their own types for a field that is out of range
+        raise UserError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _shards(directory: Path) -> dict[str, list[str]]:
+    """Shard -> the tensors that the index places in it; one shard with no such list where there is no index."""
+    if (directory / INDEX).is_file():
+        weight_map = _read_json(directory / INDEX).get("weight_map", {})
+        shards: dict[str, list[str]] = {}
+        for name, filename in weight_map.items():
+            if Path(filename).name != filename:
+                raise UserError(f"{directory / INDEX} points outside its directory: {filename}")
+            shards.setdefault(filename, []).append(name)
+    else:
+        shards = {SINGLE: []}
+    for filename in shards:
+        if not (directory / filename).is_file():
+            raise UserError(f"{directory} has no {filename}; only safetensors weights are read")
+    return shards
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short: {error}") from None

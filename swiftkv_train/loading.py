@@ -1,0 +1,117 @@
+"""Models and tokenizers from disk or a hub, checked: what transformers reports in passing is an error here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swiftkv_train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def dtype_of(name: str) -> torch.dtype | str:
+    import torch
+
+    return name if name == "auto" else getattr(torch, name)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "auto",
+    attention: str | None = None,
+    revision: str | None = None,
+    families: tuple[str, ...] = ("llama", "llama_swiftkv"),
+) -> PreTrainedModel:
+    """The causal language model at `path` (directory or hub id), in eval mode.
+
+    Raises:
+        UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    import swiftkv_models  # noqa: F401  (registers its model types)
+
+    logging.disable_progress_bar()  # ours would stand between them
+    _check_present(path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"model {path}: config cannot be read: {one_line(error)}") from None
+    if config.model_type not in families:
+        raise UserError(f"model {path} is of family {config.model_type!r}; this command takes {' or '.join(families)}")
+    check_weight_files(Path(path))
+    arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype_of(dtype),
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **arguments,
+        )
+    except Exception as error:
+        raise UserError(f"model {path} cannot be loaded: {one_line(error)}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if problems := sorted(str(key) for key in info.get(kind) or ()):
+            raise UserError(f"model {path}: {len(problems)} {kind.replace('_', ' ')}, the first is {problems[0]}")
+    return model.eval()
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer beside the model at `path`. Raises UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    _check_present(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"model {path}: tokenizer cannot be read: {one_line(error)}") from None
+
+
+def check_weight_files(directory: Path) -> None:
+    """Open every safetensors file of a local directory, so that a truncated one is named (UserError)."""
+    if not directory.is_dir():
+        return
+    from safetensors import SafetensorError, safe_open
+
+    index = directory / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(f"{index} is damaged; fetch or export the model again") from None
+    files = [directory / name for name in names] or sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model {directory} holds no safetensors weights; other formats are not read")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing; fetch or export the model again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({one_line(error)}); fetch or export the model again") from None
+
+
+def _check_present(path: str) -> None:
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"model {path} holds no config.json; it is not a model directory")
+    elif directory.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1 or directory.parent.is_dir():
+        # What can only be a local path is not looked up on a hub, whose error would mislead.
+        raise UserError(f"model {path} does not exist; `swiftkv fetch` gets one")
+
+
+def one_line(error: BaseException) -> str:
+    """The part of a library's error message that fits in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

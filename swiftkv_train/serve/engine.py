@@ -1,0 +1,314 @@
+"""`GenerateEngine`: one request at a time through `model.generate`; and loading the model for it."""
+
+import asyncio
+import copy
+import logging
+import secrets
+import threading
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.serve.contract import (
+    EngineStats,
+    EngineStoppingError,
+    FinishReason,
+    GenerationError,
+    GenerationRequest,
+    ModelInfo,
+    QueueFullError,
+    TokenEvent,
+    TokenStream,
+)
+from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
+
+logger = logging.getLogger(__name__)
+
+GREEDY_BELOW = 1e-5  # a smaller temperature is greedy; dividing logits by it would overflow
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
+    """The model in evaluation mode, on the GPU if there is one, and its tokenizer.
+
+    Only safetensors are read and no code of the checkpoint runs: SwiftKV model types are known from this installation.
+    Raises UserError for anything that is wrong with the directory.
+    """
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give the directory of an exported checkpoint")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: has no config.json; give the directory of an exported checkpoint")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{directory}: has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+    import swiftkv_models  # noqa: F401  registers the SwiftKV model types with transformers
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{directory}: its tokenizer has no chat template; add the base model's chat_template.jinja"
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a foreign directory makes the libraries raise, they have no common class
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{directory}: cannot be loaded: {first_line}") from error
+    model, loading = loaded
+    # transformers fills what a checkpoint lacks with random numbers and only reports it.
+    if absent := sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]):
+        raise UserError(f"{directory}: {len(absent)} weights are absent or misshapen, for instance {absent[0]}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+class _Job:
+    """One admitted request: what the worker thread writes to and the event loop reads from."""
+
+    def __init__(self, request: GenerationRequest):
+        self.request = request
+        self.cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+
+    def emit(self, event: TokenEvent | Exception) -> None:
+        """From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the event loop is closed: nobody reads any more
+            self.cancelled = True
+
+    async def next_event(self) -> TokenEvent | Exception:
+        return await self._events.get()
+
+
+class _JobStream:
+    def __init__(self, engine: "GenerateEngine", job: _Job):
+        self._engine = engine
+        self._job = job
+        self._ended = False
+
+    def __aiter__(self) -> "_JobStream":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._job.next_event()
+        if isinstance(event, Exception):
+            self._ended = True
+            raise event
+        self._ended = event.finish_reason is not None
+        return event
+
+    async def aclose(self) -> None:
+        self._ended = True
+        self._engine._cancel(self._job)
+
+
+class _TokenSink(StoppingCriteria):
+    """Sends each new token of `generate` on its way and says when to stop.
+
+    One object does what a streamer and a stopping criterion would do together: `generate` calls the two in an order
+    that differs between transformers' versions, and the criterion alone sees the token already.
+    """
+
+    def __init__(self, job: _Job, tokenizer: Any, end_token_ids: set[int]):
+        self._job = job
+        self._end_token_ids = end_token_ids
+        self._decoder = IncrementalDecoder(tokenizer, job.request.prompt_token_ids)
+        self._scanner = StopScanner(job.request.stop)
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
+        if not (self.finish_reason or self._job.cancelled):
+            self._take(int(input_ids[0, -1]))
+        done = self.finish_reason is not None or self._job.cancelled
+        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+
+    def _take(self, token_id: int) -> None:
+        self.tokens += 1
+        at_end_token = token_id in self._end_token_ids
+        text = "" if at_end_token else self._scanner.push(self._decoder.push(token_id))
+        if at_end_token or self._scanner.found or self.tokens >= self._job.request.max_tokens:
+            text += self._scanner.push(self._decoder.flush())
+            text += self._scanner.flush()
+            self.finish_reason = "stop" if at_end_token or self._scanner.found else "length"
+        self._job.emit(TokenEvent(token_id, text, self.finish_reason))
+
+
+class GenerateEngine:
+    """Runs admitted requests one after another through `model.generate`, in one thread of its own.
+
+    At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
+    the checkpoint's generation_config.json. A cancelled request stops at its next token; a prefill is not interrupted.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str = "swiftkv", max_queue: int = 64):
+        if max_queue < 0:
+            raise UserError(f"max_queue is {max_queue}; it must be 0 or more")
+        context_length = getattr(model.config, "max_position_embeddings", None)
+        if not context_length:
+            raise UserError("the model's config.json has no max_position_embeddings, so its context length is unknown")
+        self._model = model
+        self._defaults = model.generation_config
+        self._info = ModelInfo(
+            name=name,
+            context_length=int(context_length),
+            vocab_size=int(model.get_input_embeddings().num_embeddings),
+            default_temperature=1.0 if self._defaults.temperature is None else float(self._defaults.temperature),
+            default_top_p=1.0 if self._defaults.top_p is None else float(self._defaults.top_p),
+        )
+        self._tokenizer = tokenizer
+        self._decoding_tokenizer = copy.deepcopy(
+            tokenizer
+        )  # a fast tokenizer must not encode and decode in two threads
+        eos = self._defaults.eos_token_id
+        self._eos_token_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        self._max_queue = max_queue
+        self._waiting: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._draining = self._closed = False
+        self._stats = EngineStats()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="swiftkv-generate", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def accepting(self) -> bool:
+        return not self._draining and self._thread.is_alive()
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Admit a request. Raises QueueFullError, EngineStoppingError."""
+        job = _Job(request)
+        with self._changed:
+            if not self.accepting:
+                raise EngineStoppingError
+            if len(self._waiting) + (self._running is not None) > self._max_queue:
+                raise QueueFullError
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return _JobStream(self, job)
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            return replace(self._stats, running=int(self._running is not None), waiting=len(self._waiting))
+
+    def begin_drain(self) -> None:
+        with self._changed:
+            self._draining = True
+
+    def wait_idle(self, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and self._running is None, timeout)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End every request with EngineStoppingError and wait up to `timeout` seconds for the thread."""
+        with self._changed:
+            self._draining = self._closed = True
+            unfinished = [*self._waiting, *([self._running] if self._running else [])]
+            self._count(cancelled=len(self._waiting))
+            self._waiting.clear()
+            for job in unfinished:
+                job.cancelled = True
+                job.emit(EngineStoppingError())
+            self._changed.notify_all()
+        self._thread.join(timeout)
+
+    def _cancel(self, job: _Job) -> None:
+        with self._changed:
+            job.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._count(cancelled=1)
+                self._changed.notify_all()
+
+    def _count(self, **more: int) -> None:
+        """Add to the counters; the caller holds the lock."""
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                job = self._running = self._waiting.popleft()
+                self._count(prompt_tokens=len(job.request.prompt_token_ids))
+            sink = _TokenSink(job, self._decoding_tokenizer, self._end_token_ids(job.request))
+            failed = 0
+            try:
+                self._generate(job.request, sink)
+                if sink.finish_reason is None and not job.cancelled:
+                    raise RuntimeError("generate ended before the request did")
+            except Exception:
+                logger.exception("generation failed")
+                failed = 1
+            with self._changed:
+                self._running = None
+                finished = int(sink.finish_reason is not None and not failed)
+                self._count(
+                    generated_tokens=sink.tokens, finished=finished, failed=failed, cancelled=1 - finished - failed
+                )
+                self._changed.notify_all()
+            if failed:
+                job.emit(GenerationError())
+
+    def _end_token_ids(self, request: GenerationRequest) -> set[int]:
+        """The model's own end tokens and the stop strings that name a special token, which never shows in the text."""
+        added = self._decoding_tokenizer.added_tokens_decoder
+        special = {token.content: token_id for token_id, token in added.items() if token.special}
+        return self._eos_token_ids | {special[stop] for stop in request.stop if stop in special}
+
+    def _generate(self, request: GenerationRequest, sink: _TokenSink) -> None:
+        device = self._model.device
+        input_ids = torch.tensor([list(request.prompt_token_ids)], device=device)
+        # generate takes no generator, but it draws in this thread only: fork the global one for each request.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+            self._model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=self._generation_config(request),
+                stopping_criteria=StoppingCriteriaList([sink]),
+            )
+
+    def _generation_config(self, request: GenerationRequest) -> GenerationConfig:
+        """What generate shall do; whatever is not set here it takes from the checkpoint's generation_config.json."""
+        greedy = request.temperature < GREEDY_BELOW
+        eos = sorted(self._eos_token_ids)
+        return GenerationConfig(
+            max_new_tokens=request.max_tokens,
+            do_sample=not greedy,
+            temperature=1.0 if greedy else request.temperature,
+            top_p=1.0 if greedy else request.top_p,
+            top_k=50 if greedy else self._defaults.top_k or 0,  # 50 is the unset value: any other warns under greedy
+            num_beams=1,
+            num_return_sequences=1,
+            eos_token_id=eos or None,
+            pad_token_id=self._defaults.pad_token_id if not eos else eos[0],
+        )

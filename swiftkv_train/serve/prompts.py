@@ -1,0 +1,83 @@
+"""From a checked request to what the engine takes: token ids, and limits that fit the model's context."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from swiftkv_train.serve.api_error import ApiError
+from swiftkv_train.serve.contract import GenerationRequest, ModelInfo
+from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest, GenerationParameters
+
+
+def chat_token_ids(tokenizer: Any, body: ChatCompletionRequest) -> list[int]:
+    """The conversation in the model's chat template, open for the assistant's turn. Raises ApiError (400)."""
+    messages = [{"role": message.role, "content": message.content} for message in body.messages]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise ApiError(
+            400, f"The model's chat template refuses these messages: {error}", code="invalid_value", param="messages"
+        ) from error
+
+
+def completion_token_ids(tokenizer: Any, body: CompletionRequest, info: ModelInfo) -> list[int]:
+    """The prompt's tokens, as the tokenizer begins a text, or as given. Raises ApiError (400)."""
+    if isinstance(body.prompt, str):
+        token_ids = tokenizer(body.prompt)["input_ids"]
+        if not token_ids:
+            raise ApiError(400, "Parameter 'prompt': is empty", code="invalid_value", param="prompt")
+        return token_ids
+    if wrong := [token_id for token_id in body.prompt if not 0 <= token_id < info.vocab_size]:
+        raise ApiError(
+            400,
+            f"Parameter 'prompt': {wrong[0]} is not a token id of this model (0 to {info.vocab_size - 1})",
+            code="invalid_value",
+            param="prompt",
+        )
+    return body.prompt
+
+
+def generation_request(
+    body: GenerationParameters, token_ids: Sequence[int], info: ModelInfo, max_output_tokens: int
+) -> GenerationRequest:
+    """What the engine shall do. Raises ApiError (400) where prompt and answer do not fit the model or the server."""
+    param, asked = _asked_max_tokens(body)
+    left = info.context_length - len(token_ids)
+    if left < (asked or 1):
+        raise ApiError(
+            400,
+            f"The model's context length is {info.context_length} tokens, but {len(token_ids) + (asked or 1)} are "
+            f"needed: {len(token_ids)} for the prompt and {asked or 'at least 1'} for the answer",
+            code="context_length_exceeded",
+            param=param if asked else "prompt" if isinstance(body, CompletionRequest) else "messages",
+        )
+    if asked is not None and asked > max_output_tokens:
+        raise ApiError(
+            400,
+            f"Parameter '{param}': is {asked}, this server generates at most {max_output_tokens} tokens per request",
+            code="invalid_value",
+            param=param,
+        )
+    return GenerationRequest(
+        prompt_token_ids=token_ids,
+        max_tokens=min(left, max_output_tokens) if asked is None else asked,
+        temperature=info.default_temperature if body.temperature is None else body.temperature,
+        top_p=info.default_top_p if body.top_p is None else body.top_p,
+        stop=tuple(body.stop or ()),
+        seed=body.seed,
+    )
+
+
+def _asked_max_tokens(body: GenerationParameters) -> tuple[str, int | None]:
+    newer = body.max_completion_tokens if isinstance(body, ChatCompletionRequest) else None
+    if newer is None:
+        return "max_tokens", body.max_tokens
+    if body.max_tokens not in (None, newer):
+        raise ApiError(
+            400,
+            f"max_tokens is {body.max_tokens} and max_completion_tokens is {newer}; give one of them",
+            code="invalid_value",
+            param="max_tokens",
+        )
+    return "max_completion_tokens", newer

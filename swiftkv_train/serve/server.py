@@ -1,0 +1,116 @@
+"""What `swiftkv serve DIRECTORY` runs: load the model, listen, and shut down cleanly."""
+
+import ipaddress
+import socket
+import sys
+import time
+from pathlib import Path
+
+from swiftkv_train.errors import UserError
+
+DEFAULT_DRAIN_TIMEOUT_S = 30.0
+
+
+def run_server(
+    model_dir: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    served_model_name: str | None = None,
+    max_queue: int = 64,
+    max_body_bytes: int | None = None,
+    max_output_tokens: int | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    drain_timeout: float = DEFAULT_DRAIN_TIMEOUT_S,
+) -> None:
+    """Serve the checkpoint until SIGINT or SIGTERM, then finish running requests within `drain_timeout` seconds.
+
+    `port` 0 takes a free one; None for a limit means its default. Raises UserError for a missing `serve` extra, a
+    directory that is no checkpoint, limits that make no sense, and an address that cannot be listened on.
+    """
+    from swiftkv_train.serve.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OUTPUT_TOKENS, create_app
+    from swiftkv_train.serve.draining import DrainingServer
+
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}; it must be 1 or more")
+    if not 0 <= port <= 65535:
+        raise UserError(f"port is {port}; it must be 0 (a free one) to 65535")
+    listener = _bound_socket(host, port)  # before the model loads: a port in use is found out at once
+    try:
+        import torch
+
+        from swiftkv_train.serve.engine import GenerateEngine, load_model_and_tokenizer
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        name = served_model_name or Path(model_dir).resolve().name
+        print(f"loading {model_dir} ...", flush=True)
+        began = time.perf_counter()
+        model, tokenizer = load_model_and_tokenizer(model_dir, dtype)
+        print(
+            f"loaded {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype} "
+            f"on {model.device} in {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
+        engine = GenerateEngine(model, tokenizer, name=name, max_queue=max_queue)
+        try:
+            app = create_app(
+                engine,
+                api_key=api_key,
+                max_body_bytes=DEFAULT_MAX_BODY_BYTES if max_body_bytes is None else max_body_bytes,
+                max_output_tokens=DEFAULT_MAX_OUTPUT_TOKENS if max_output_tokens is None else max_output_tokens,
+            )
+            address = _address(host, listener.getsockname()[1])
+            if api_key is None and not _is_loopback(host):
+                print(f"warning: {address} is open to the network without an API key", file=sys.stderr, flush=True)
+            server = DrainingServer(
+                app,
+                engine,
+                drain_timeout=drain_timeout,
+                on_started=lambda: print(_greeting(name, address, api_key is not None), flush=True),
+            )
+            server.run(sockets=[listener])
+        finally:
+            engine.close()
+    finally:
+        listener.close()
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot listen on {_address(host, port)}: {reason}; give another host or port") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _greeting(name: str, address: str, keyed: bool) -> str:
+    key = "-H 'Authorization: Bearer KEY' " if keyed else ""
+    body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
+    return (
+        f"serving {name} at {address}/v1 (Ctrl-C drains and stops)\n"
+        f"try: curl {address}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
+    )

@@ -1,0 +1,253 @@
+"""Requests that are cut short: clients that leave, a full queue, a server that drains; and the process itself."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import WAIT_S, Running, running, wait_until
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.serve import GenerateEngine, GenerationRequest, run_server
+from swiftkv_train.serve.contract import EngineStoppingError, QueueFullError
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+ENDLESS = {"messages": MESSAGES, "max_tokens": 90_000, "temperature": 0}
+SHORT = {"messages": MESSAGES, "max_tokens": 3, "temperature": 0}
+
+
+@contextlib.contextmanager
+def streaming(url: str, body: dict[str, Any]) -> Iterator[Iterator[str]]:
+    """The lines of a stream that has begun."""
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=WAIT_S) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        assert "role" in next(lines)
+        yield lines
+
+
+@pytest.fixture
+def endless(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
+    with running(endless_model, tokenizer, max_queue=2, max_output_tokens=90_000) as it:
+        yield it
+
+
+def test_leaving_a_stream_aborts_it(endless: Running) -> None:
+    with streaming(endless.url, ENDLESS) as lines:
+        for _ in range(20):
+            next(lines)
+        assert endless.engine.stats().running == 1
+    wait_until(lambda: endless.engine.stats().running == 0, timeout=5)
+    stats = endless.engine.stats()
+    assert (stats.cancelled, stats.finished, stats.failed) == (1, 0, 0)
+    assert 0 < stats.generated_tokens < 90_000
+    assert endless.post(SHORT).status_code == 200
+
+
+def test_leaving_a_whole_answer_aborts_it(endless: Running) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{endless.url}/v1/chat/completions", json=ENDLESS, timeout=0.5)
+    wait_until(lambda: endless.engine.stats().cancelled == 1, timeout=5)
+    assert endless.engine.stats().running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_the_queue_gives_the_place_back(endless: Running, stream: bool) -> None:
+    with streaming(endless.url, ENDLESS):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{endless.url}/v1/chat/completions", json={**SHORT, "stream": stream}, timeout=0.3
+            ).raise_for_status()
+        wait_until(lambda: endless.engine.stats().cancelled == 1, timeout=5)
+        assert (endless.engine.stats().running, endless.engine.stats().waiting) == (1, 0)
+
+
+def test_full_queue_is_429_and_those_that_wait_are_answered(endless: Running) -> None:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with streaming(endless.url, ENDLESS):
+            waiting = [pool.submit(endless.post, SHORT) for _ in range(2)]
+            wait_until(lambda: endless.engine.stats().waiting == 2)
+            for stream in (False, True):
+                refused = endless.post({**SHORT, "stream": stream})
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["code"] == "queue_full"
+        assert [future.result(WAIT_S).status_code for future in waiting] == [200, 200]
+
+
+def test_drain_answers_503_and_lets_the_admitted_finish(endless: Running) -> None:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        streaming(endless.url, {**ENDLESS, "max_tokens": 1500}) as lines,
+    ):
+        queued = pool.submit(endless.post, SHORT)
+        wait_until(lambda: endless.engine.stats().waiting == 1)
+        endless.server.drain()
+        wait_until(lambda: not endless.engine.accepting)
+        for refused in (endless.post(SHORT), httpx.get(f"{endless.url}/health")):
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "shutting_down"
+        rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) == 1500 + 1  # a's, the last one with the finish reason
+        assert queued.result(WAIT_S).json()["usage"]["completion_tokens"] == 3
+    endless.thread.join(WAIT_S)
+    assert not endless.thread.is_alive()
+
+
+def test_drain_is_bounded(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with (
+        running(endless_model, tokenizer, drain_timeout=0.5, max_output_tokens=90_000) as it,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        streaming(it.url, ENDLESS) as lines,
+    ):
+        queued = pool.submit(it.post, SHORT)
+        wait_until(lambda: it.engine.stats().waiting == 1)
+        began = time.monotonic()
+        it.server.drain()
+        rest = [line for line in lines if line]
+        assert "shutting_down" in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        assert queued.result(WAIT_S).status_code == 503
+        it.thread.join(WAIT_S)
+        assert time.monotonic() - began < 5
+
+
+def test_second_signal_ends_at_once(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with (
+        running(endless_model, tokenizer, drain_timeout=60, max_output_tokens=90_000) as it,
+        streaming(it.url, ENDLESS) as lines,
+    ):
+        it.server.handle_exit(signal.SIGINT, None)
+        wait_until(lambda: not it.engine.accepting)
+        assert it.engine.stats().running == 1
+        it.server.handle_exit(signal.SIGINT, None)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        it.thread.join(WAIT_S)
+        assert not it.thread.is_alive()
+
+
+def test_engine_alone(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = GenerateEngine(endless_model, tokenizer, max_queue=0)
+    prompt = tokenizer.encode("\n")
+
+    async def use() -> None:
+        events = [event async for event in engine.submit(GenerationRequest(prompt, 3, temperature=0))]
+        assert [(e.token_id, e.text, e.finish_reason) for e in events] == [
+            (tokenizer.encode("a")[0], "a", None),
+            (tokenizer.encode("a")[0], "a", None),
+            (tokenizer.encode("a")[0], "a", "length"),
+        ]
+        assert await asyncio.to_thread(engine.wait_idle, WAIT_S)
+        stream = engine.submit(GenerationRequest(prompt, 90_000, temperature=0))
+        with pytest.raises(QueueFullError):
+            engine.submit(GenerationRequest(prompt, 1))
+        await stream.__anext__()
+        await stream.aclose()
+        await stream.aclose()
+        assert await asyncio.to_thread(engine.wait_idle, WAIT_S)
+        stream = engine.submit(GenerationRequest(prompt, 90_000, temperature=0))
+        await stream.__anext__()
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineStoppingError):
+            _ = [event async for event in stream]
+        with pytest.raises(EngineStoppingError):
+            engine.submit(GenerationRequest(prompt, 1))
+
+    asyncio.run(asyncio.wait_for(use(), 2 * WAIT_S))
+    stats = engine.stats()
+    assert (stats.finished, stats.cancelled, stats.failed, stats.prompt_tokens) == (1, 2, 0, 3)
+    assert not engine.accepting
+    with pytest.raises(UserError, match="max_queue"):
+        GenerateEngine(endless_model, tokenizer, max_queue=-1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint") / "parrot"
+    endless_model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_the_process_from_start_to_sigterm(checkpoint: Path) -> None:
+    code = "import sys; from swiftkv_train.serve import run_server; run_server(sys.argv[1], port=0, threads=1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(checkpoint)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        printed = ""
+        while "curl" not in printed:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            printed += line
+        assert re.search(r"loaded LlamaForCausalLM, 0\.\d M parameters, torch.float32 on cpu", printed)
+        url = re.search(r"serving parrot at (http://127\.0\.0\.1:\d+)/v1", printed)
+        assert url is not None
+        # The example is one that works.
+        example = re.search(r"curl (\S+) -H '(.+?): (.+?)' -d '(.+)'", printed)
+        assert example is not None
+        answer = httpx.post(example[1], content=example[4], headers={example[2]: example[3]}, timeout=WAIT_S).json()
+        assert answer["choices"][0]["message"]["content"] == "a" * 64
+        with streaming(url[1], {**ENDLESS, "max_tokens": 2000}) as lines:
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(f"{url[1]}/health").status_code == 503)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) == 2000 + 1
+        out, err = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, out) == (0, "")
+        assert [line for line in err.splitlines() if line and not line.startswith("Loading weights")] == []
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait(WAIT_S)
+
+
+def test_wrong_arguments_are_found_before_loading(tmp_path: Path, checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
+        run_server(tmp_path / "missing", port=taken.getsockname()[1])
+    for wrong, words in (
+        ({"port": 70_000}, "port is 70000"),
+        ({"host": "no.such.host.invalid"}, "cannot listen"),
+        ({"threads": 0}, "threads"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_server(tmp_path / "missing", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no such directory"):
+        run_server(tmp_path / "missing", port=0)
+    with pytest.raises(UserError, match="API key is empty"):
+        run_server(checkpoint, port=0, api_key="")
+
+
+def test_open_to_the_network_without_a_key_warns(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from swiftkv_train.serve.draining import DrainingServer
+
+    monkeypatch.setattr(DrainingServer, "run", lambda self, sockets: None)
+    for host, key, warned in (("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False)):
+        run_server(checkpoint, host=host, port=0, api_key=key)
+        assert ("without an API key" in capsys.readouterr().err) == warned

@@ -1,0 +1,99 @@
+"""Directories that can be served and those that cannot."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import swiftkv_models
+import torch
+from serving import config
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.serve import load_model_and_tokenizer
+
+
+@pytest.fixture
+def checkpoint(random_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    random_model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def refused(directory: Path, words: str, dtype: str = "auto") -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_model_and_tokenizer(directory, dtype)
+    assert "\n" not in str(caught.value)
+
+
+def test_base_model(checkpoint: Path, random_model: LlamaForCausalLM) -> None:
+    model, tokenizer = load_model_and_tokenizer(checkpoint)
+    assert not model.training
+    assert torch.equal(model.lm_head.weight, random_model.lm_head.weight)
+    assert tokenizer.chat_template
+    assert load_model_and_tokenizer(checkpoint, "bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_swiftkv_model(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    student = swiftkv_models.rewrite(LlamaForCausalLM(config(len(tokenizer))), num_key_value_layers=1)
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    # What an exported checkpoint says about its own code; it must not be needed here.
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "modeling.Nothing"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model, _ = load_model_and_tokenizer(tmp_path)
+    assert isinstance(model, swiftkv_models.LlamaSwiftKVForCausalLM)
+
+
+def test_incomplete_directories(checkpoint: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such directory")
+    refused(tmp_path, "no config.json")
+    refused(checkpoint, "dtype 'int3'", dtype="int3")
+    for name, words in (
+        ("config.json", "no config.json"),
+        ("tokenizer.json", "no tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+        ("model.safetensors", "cannot be loaded"),
+    ):
+        part = tmp_path / name
+        shutil.copytree(checkpoint, part)
+        (part / name).unlink()
+        refused(part, words)
+
+
+def test_absent_weights_are_not_made_up(checkpoint: Path) -> None:
+    settings = json.loads((checkpoint / "config.json").read_text())
+    settings["num_hidden_layers"] = 3
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    refused(checkpoint, "absent")
+
+
+def test_broken_files(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"nonsense")
+    refused(checkpoint, "cannot be loaded")
+    (checkpoint / "config.json").write_text("{")
+    refused(checkpoint, "cannot be loaded")
+
+
+def test_foreign_code_does_not_run(checkpoint: Path) -> None:
+    settings = json.loads((checkpoint / "config.json").read_text())
+    settings["model_type"] = "their_own"
+    settings["auto_map"] = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    (checkpoint / "theirs.py").write_text("raise SystemExit('ran')")
+    refused(checkpoint, "cannot be loaded")
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "sse_starlette", "uvicorn"])
+def test_missing_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swiftkv_train.serve import run_server
+
+    for module in ("swiftkv_train.serve.app", "swiftkv_train.serve.draining"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"{missing}: pip install 'swiftkv-train\[serve\]'"):
+        run_server("anywhere", port=0)
