@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -37,6 +37,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("place", [here] if INTERPRETING else [here, *gpu])
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small calls: where other processes hold the cores, threads that wait for each other take all the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _needs_cuda(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -52,7 +61,7 @@ def run_interpreted() -> Callable[[str], int]:
 
     def run(path: str) -> int:
         command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", path]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
         passed = re.search(r"(\d+) passed", child.stdout)
