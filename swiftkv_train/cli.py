@@ -39,15 +39,22 @@ def _print_json(result: Any) -> None:
 
 @app.command(epilog=_example("swiftkv fetch smollm2-135m --to models/smollm2-135m"))
 def fetch(
-    source: Annotated[str, typer.Argument(help="smollm2-135m, a hub id, a model directory, or a .gguf file.")],
+    source: Annotated[str, typer.Argument(help="smollm2-135m, debug, a hub id, a model directory, or a .gguf file.")],
     to: Annotated[Path, typer.Option(help="Directory to put the model in.")],
-    data: Annotated[Path, typer.Option(help="Directory for the demo text and chats of smollm2-135m.")] = Path("data/demo"),
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Directory for the text and chats that come with smollm2-135m and debug."),
+    ] = None,
     revision: Annotated[Optional[str], typer.Option(help="Revision of a hub id.")] = None,  # noqa: UP045
 ) -> None:
-    """Get a model as safetensors, with tokenizer and chat template, checksums verified."""
+    """Get a model as safetensors, with tokenizer and chat template, checksums verified.
+
+    `debug` is a tiny random model made on the spot, to try the commands with.
+    """
+    from swiftkv_train.fetch import DATA_DIRECTORIES
     from swiftkv_train.fetch import fetch as run
 
-    run(source, to, data_dir=data, revision=revision, report=_say)
+    run(source, to, data_dir=data or DATA_DIRECTORIES.get(source), revision=revision, report=_say)
 
 
 @app.command(epilog=_example("swiftkv calibrate recipes/smollm2-135m/quickstart.yaml"))

@@ -70,6 +70,8 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """The tokenizer beside the model at `path`. Raises UserError when there is none."""
     from transformers import AutoTokenizer
 
+    import swiftkv_models  # noqa: F401  (AutoTokenizer reads the config too)
+
     _check_present(path)
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

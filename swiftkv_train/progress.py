@@ -38,7 +38,7 @@ class Reporter:
         done = 0
         if not self.console.is_terminal:
             yield lambda amount: None
-            self.line(f"{task:<12}{total:,} {unit} in {time.perf_counter() - started:.1f} s")
+            self.line(f"{task:<11} {total:,} {unit} in {time.perf_counter() - started:.1f} s")
             return
         with _progress(self.console, TextColumn("{task.fields[rate]}")) as progress:
             handle = progress.add_task(task, total=total, rate="")

@@ -6,10 +6,10 @@
     N rows (valid tokens)   d hidden size   V vocabulary   M rows of a chunk
     student_hidden h_s [N, d]   teacher_hidden h_t [N, d]   head_weight W [V, d]
 
-Head and loss run over chunks of M rows, so nothing of size [N, V] exists and memory does not grow with N; the backward
-pass only scales the stored [N, d] gradient (the idea of Liger-Kernel's fused linear losses, arXiv 2410.10989).
+Head and loss run over chunks of M rows: nothing of size [N, V] exists and only [N, d] grows with N. The backward pass
+scales the stored gradient (the idea of Liger-Kernel's fused linear losses, arXiv 2410.10989).
 
-What keeps it exact as the student converges: the head multiplies the hidden *difference*, u = W (h_s - h_t) / T, and
+What keeps it accurate as the student converges: the head multiplies the hidden *difference*, u = W (h_s - h_t) / T, and
 the student's logits are the teacher's plus u. Whatever a bf16 product rounds off the teacher's logits is shared by both
 sides and cancels; u carries a relative error only. With r = log(q / p) = u - log sum_v p_v exp(u_v):
 
@@ -133,27 +133,26 @@ def _chunked_kl(
     kl = torch.zeros(rows, dtype=reduced, device=device)
     gradient = torch.zeros(rows, hidden_size, dtype=reduced, device=device) if wants_gradient else None
 
-    with torch.autocast(device.type, enabled=False):
-        for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
-            count = part.stop - start
-            teacher = teacher_hidden[part]
-            step = student_hidden[part].to(reduced) - teacher.to(reduced)
-            # A power of two, which rounds nothing: between close bf16 numbers the step itself is a bf16 number.
-            exponent = torch.frexp(step.abs().sum(1, keepdim=True).clamp_min(_TINY) / _UNIT).exponent
-            step_norm = torch.ldexp(torch.ones_like(step[:, :1]), exponent)
-            _matmul(torch.cat([teacher.to(dtype), (step / step_norm).to(dtype)]), head_weight.T, products[: 2 * count])
-            logits, delta = products[:count], products[count : 2 * count]
-            difference = delta if recast is None else recast[:count]
-            norm = torch.empty_like(step_norm) if wants_gradient else None
-            if work is None:
-                _rows_triton(logits, delta, step_norm, temperature, kl[part], difference, norm)
-            else:
-                _rows_torch(logits, delta, step_norm, temperature, kl[part], difference, norm, work)
-            if gradient is not None and norm is not None:
-                row_gradient = torch.empty(count, hidden_size, dtype=product, device=device)
-                _matmul(difference, head_weight, row_gradient)
-                torch.mul(row_gradient.to(reduced), norm * temperature, out=gradient[part])
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        count = part.stop - start
+        teacher = teacher_hidden[part]
+        step = student_hidden[part].to(reduced) - teacher.to(reduced)
+        # A power of two, which rounds nothing: between close bf16 numbers the step itself is a bf16 number.
+        exponent = torch.frexp(step.abs().sum(1, keepdim=True).clamp_min(_TINY) / _UNIT).exponent
+        step_norm = torch.ldexp(torch.ones_like(step[:, :1]), exponent)
+        _matmul(torch.cat([teacher.to(dtype), (step / step_norm).to(dtype)]), head_weight.T, products[: 2 * count])
+        logits, delta = products[:count], products[count : 2 * count]
+        difference = delta if recast is None else recast[:count]
+        norm = torch.empty_like(step_norm) if wants_gradient else None
+        if work is None:
+            _rows_triton(logits, delta, step_norm, temperature, kl[part], difference, norm)
+        else:
+            _rows_torch(logits, delta, step_norm, temperature, kl[part], difference, norm, work)
+        if gradient is not None and norm is not None:
+            row_gradient = torch.empty(count, hidden_size, dtype=product, device=device)
+            _matmul(difference, head_weight, row_gradient)
+            torch.mul(row_gradient.to(reduced), norm * temperature, out=gradient[part])
     return temperature**2 * kl.sum(), gradient
 
 
@@ -288,6 +287,7 @@ def _row_kernel() -> Any:
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Into `out`, always: such calls are what autocast leaves alone."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     else:

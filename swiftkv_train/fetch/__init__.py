@@ -4,6 +4,7 @@ staging.py          directories that appear whole or not at all, and `fetch.json
 local.py            checks a model directory, weight by weight, and copies it
 gguf_model.py       converts a Llama GGUF file; gguf_tokenizer.py its tokenizer
 packages.py         takes pinned files out of Python packages; demo.py makes the demo data of them
+debug.py            makes a tiny random model and its data
 hub.py              asks the Hugging Face hub
 """
 
@@ -21,7 +22,7 @@ from swiftkv_train.fetch.hub import HUB_ID, snapshot
 from swiftkv_train.fetch.packages import Member, download, extract
 from swiftkv_train.fetch.staging import already_there, sha256_of, staged, write_provenance
 
-__all__ = ["CATALOGUE", "CatalogueEntry", "fetch"]
+__all__ = ["CATALOGUE", "DATA_DIRECTORIES", "CatalogueEntry", "fetch"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ CATALOGUE = {
     ),
 }
 DEMO_DATA, DEMO_VERSION = "demo data", "1"  # raise the version when the files would come out differently
+DEBUG, DEBUG_DATA, DEBUG_VERSION = "debug", "debug data", "1"
+# where the data that comes with a known model goes unless the user says otherwise
+DATA_DIRECTORIES = {"smollm2-135m": Path("data/demo"), DEBUG: Path("data/debug")}
 
 
 def fetch(
@@ -59,23 +63,28 @@ def fetch(
 ) -> Path:
     """Put the model named by `source` into the directory `to`, as safetensors with its tokenizer; returns `to`.
 
-    `source` is a name in CATALOGUE, a local model directory, a Llama GGUF file, or a hub id (`owner/name`, at
-    `revision`). A catalogue entry also brings the demo text and chats, into `data_dir` unless that is None.
+    `source` is a name in CATALOGUE, `debug` (a tiny random model made on the spot), a local model directory, a Llama
+    GGUF file, or a hub id (`owner/name`, at `revision`). A catalogue entry also brings the demo text and chats, and
+    `debug` its own, into `data_dir` unless that is None.
     What is already there and intact is left alone; anything else there is never overwritten (UserError). Both
     directories appear whole or not at all.
     """
     target = Path(os.path.abspath(to.expanduser()))
     if revision is not None and not _is_hub_id(source):
         raise UserError(f"a revision goes with a hub id, and {source} is not one")
-    if source in CATALOGUE:
+    if source in CATALOGUE or source == DEBUG:
+        data, version = (DEBUG_DATA, DEBUG_VERSION) if source == DEBUG else (DEMO_DATA, DEMO_VERSION)
         data_target = None if data_dir is None else Path(os.path.abspath(data_dir.expanduser()))
         # Both places are looked at before anything is downloaded.
-        have_data = data_target is None or already_there(data_target, DEMO_DATA, DEMO_VERSION)
-        _fetch_catalogued(source, target, report)
+        have_data = data_target is None or already_there(data_target, data, version)
+        if source == DEBUG:
+            _make_debug_model(target, report)
+        else:
+            _fetch_catalogued(source, target, report)
         if data_target is not None and have_data:
             report(f"{data_target} is already there")
         elif data_target is not None:
-            _fetch_demo_data(data_target, report)
+            _make_data(data, version, data_target, report)
     elif source.endswith(".gguf"):
         _fetch_gguf(Path(source).expanduser(), target, report)
     elif Path(source).expanduser().is_dir():
@@ -83,7 +92,7 @@ def fetch(
     elif _is_hub_id(source):
         _fetch_from_hub(source, revision, target, report)
     else:
-        known = ", ".join(CATALOGUE)
+        known = ", ".join([*CATALOGUE, DEBUG])
         raise UserError(
             f"{source}: no such directory; a source is {known}, a model directory, a .gguf file or a hub id"
         )
@@ -91,7 +100,7 @@ def fetch(
 
 
 def _is_hub_id(source: str) -> bool:
-    if source in CATALOGUE or source.endswith(".gguf") or Path(source).expanduser().exists():
+    if source in CATALOGUE or source == DEBUG or source.endswith(".gguf") or Path(source).expanduser().exists():
         return False
     return HUB_ID.fullmatch(source) is not None
 
@@ -116,12 +125,25 @@ def _fetch_catalogued(name: str, to: Path, report: Callable[[str], None]) -> Non
     report(f"{to} is ready")
 
 
-def _fetch_demo_data(to: Path, report: Callable[[str], None]) -> None:
+def _make_debug_model(to: Path, report: Callable[[str], None]) -> None:
+    from swiftkv_train.fetch.debug import build_debug_model
+
+    if already_there(to, DEBUG, DEBUG_VERSION):
+        report(f"{to} is already there")
+        return
+    with staged(to) as stage:
+        build_debug_model(stage, report)
+        write_provenance(stage, DEBUG, DEBUG_VERSION)
+    report(f"{to} is ready")
+
+
+def _make_data(name: str, version: str, to: Path, report: Callable[[str], None]) -> None:
+    from swiftkv_train.fetch.debug import build_debug_data
     from swiftkv_train.fetch.demo import build_demo_data
 
     with staged(to) as stage:
-        build_demo_data(stage, report)
-        write_provenance(stage, DEMO_DATA, DEMO_VERSION)
+        (build_debug_data if name == DEBUG_DATA else build_demo_data)(stage, report)
+        write_provenance(stage, name, version)
     report(f"{to} is ready")
 
 

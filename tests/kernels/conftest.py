@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For many small calls: where other processes hold the cores, threads that wait for each other take all the time."""
+    """For many small calls: where other processes hold the cores, threads spend their time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

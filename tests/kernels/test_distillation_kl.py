@@ -162,14 +162,13 @@ def test_gradient_stays_right_as_the_student_converges(place):
     assert 1e-4 < expected_loss / 64 < 1e-3
     loss, gradient = measured(student, teacher, head, place)
     assert loss == pytest.approx(expected_loss.item(), rel=2e-2)
-    ours = relative_error(gradient, expected)
-    assert ours < 3e-2
+    assert relative_error(gradient, expected) < 3e-2
     for dtype in (BF16, FP32):  # casting to fp32 after the bf16 product does not bring the precision back
         log_p = F.log_softmax((teacher @ head.T).to(dtype), dim=-1)
         log_q = F.log_softmax((student @ head.T).to(dtype), dim=-1)
         naive_loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         (naive,) = torch.autograd.grad(naive_loss, student)
-        assert relative_error(naive.double().cpu(), expected) > 5 * ours
+        assert relative_error(naive.double().cpu(), expected) > 0.3
 
 
 @pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6])
@@ -256,15 +255,15 @@ def test_reference_matches_kl_div(dtype):
 
 
 def test_incoming_gradient_scales(place):
-    """A loss divided by the token count, then scaled by 2^16 as for fp16: a power of two changes no digit."""
+    """Gradients near 1e-6, where fp16 has a digit left, arrive whole under a loss scale of 2^14 (2e-3: fp16's roundoff
+    and the kernel's 1e-6 in log(q / p) over differences of 1e-3)."""
     student, teacher, head = make(17, 129, 33, (FP16, FP16, FP32), device=place.device)
-    options = {"backend": place.backend}
-    (plain,) = torch.autograd.grad(distillation_kl(student, teacher, head, **options), student)
-    (scaled,) = torch.autograd.grad(distillation_kl(student, teacher, head, **options) * 64, student)
-    torch.testing.assert_close(scaled, plain * 64, rtol=2e-3, atol=1e-6)
-    # 2^-20 of it is below fp16's smallest number: a loss scale of 2^20 has to bring it back
-    (restored,) = torch.autograd.grad(distillation_kl(student, teacher, head, **options) * 2.0**-20 * 2.0**20, student)
-    torch.testing.assert_close(restored, plain, rtol=0, atol=0)
+    head *= 1e-3
+    _, expected = truth(student, teacher, head)
+    assert expected.abs().max() < 2e-6
+    loss = distillation_kl(student, teacher, head, backend=place.backend)
+    (scaled,) = torch.autograd.grad(loss * 2**14, student)
+    assert relative_error(scaled.double().cpu(), expected * 2**14) < 2e-3
 
 
 def test_only_the_student_receives_a_gradient():
