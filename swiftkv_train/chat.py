@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_model, load_tokenizer
+from swiftkv_train.loading import load_model, load_tokenizer, one_line
 
 
 def chat(
@@ -17,10 +17,13 @@ def chat(
     """Answer `prompt`, or read messages from the terminal until its end; answers stream to standard output.
 
     Raises:
-        UserError: no such model, no chat template, or a conversation longer than the model's context.
+        UserError: no such model, no chat template or one that refuses the messages, an empty prompt, or a conversation longer than the model's context.
     """
+    from jinja2 import TemplateError
     from transformers import DynamicCache, TextStreamer
 
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt is empty; leave it out to talk in the terminal")
     tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template; it is not a chat model")
@@ -36,9 +39,12 @@ def chat(
             return
         if message.strip():
             messages.append({"role": "user", "content": message})
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            try:
+                inputs = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            except TemplateError as error:
+                raise UserError(f"{path}: its chat template refuses the conversation: {one_line(error)}") from None
             ids = inputs["input_ids"]
             limit = model.config.max_position_embeddings
             if ids.shape[1] + max_new_tokens > limit:

@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+# Newer versions of typer carry click within them; this finds its class in either place.
+UsageError: Any = typer.BadParameter.__bases__[0]
 bench_app = typer.Typer(help="Measure this project's parts side by side with what they replace.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
@@ -220,13 +222,20 @@ def _say(text: str) -> None:
 def main(*prefix: str) -> None:
     """Entry point. A user's mistake becomes one line and status 2, a failure one line and status 1."""
     try:
-        app(args=[*prefix, *sys.argv[1:]], prog_name="swiftkv")
+        status = app(args=[*prefix, *sys.argv[1:]], prog_name="swiftkv", standalone_mode=False)
+    except UsageError as error:
+        message = " ".join(error.format_message().split())
+        if type(error).__name__ != "NoArgsIsHelpError":  # whose help has been shown
+            command = error.ctx.command_path if error.ctx else "swiftkv"
+            _say(f"error: {message} (see `{command} --help`)")
+        raise SystemExit(2) from None
     except (UserError, RunError) as error:
         _say(f"error: {error}")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         _say("interrupted")
         raise SystemExit(130) from None
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

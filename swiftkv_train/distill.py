@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from swiftkv_kernels import distillation_kl
-from swiftkv_models import LlamaSwiftKVForCausalLM, RewriteError, rewrite
+from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.errors import RunError, UserError
@@ -100,6 +100,12 @@ def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv" in name}
+
+
+def use_training_attention(model: LlamaSwiftKVForCausalLM) -> None:
+    """Where torch's own attention is slow for whole sequences (CPU), take the kernels' instead."""
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(PACKED_CAUSAL)
 
 
 def load_trained(model: LlamaSwiftKVForCausalLM, weights: dict[str, torch.Tensor], origin: str) -> None:
@@ -255,6 +261,7 @@ class Distillation:
 
         model.requires_grad_(False)
         model.to(accelerator.device)
+        use_training_attention(model)
         checkpoint = self.run.last_checkpoint() if self.resume else None
         if checkpoint is None:
             self._start_tail(model)

@@ -32,10 +32,9 @@ def load_model(
     Raises:
         UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen.
     """
+    import swiftkv_models  # noqa: F401  (registers its model types)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
-
-    import swiftkv_models  # noqa: F401  (registers its model types)
 
     logging.disable_progress_bar()  # ours would stand between them
     _check_present(path)
@@ -47,6 +46,8 @@ def load_model(
         raise UserError(f"model {path} is of family {config.model_type!r}; this command takes {' or '.join(families)}")
     check_weight_files(Path(path))
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of odd tensors fills a screen; one line below says it
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -55,22 +56,24 @@ def load_model(
             revision=revision,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the loading info, by name
             trust_remote_code=False,
             **arguments,
         )
     except Exception as error:
         raise UserError(f"model {path} cannot be loaded: {one_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if problems := sorted(str(key) for key in info.get(kind) or ()):
+        if problems := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ()):
             raise UserError(f"model {path}: {len(problems)} {kind.replace('_', ' ')}, the first is {problems[0]}")
     return model.eval()
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer beside the model at `path`. Raises UserError when there is none."""
-    from transformers import AutoTokenizer
-
     import swiftkv_models  # noqa: F401  (AutoTokenizer reads the config too)
+    from transformers import AutoTokenizer
 
     _check_present(path)
     try:
@@ -108,7 +111,9 @@ def _check_present(path: str) -> None:
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"model {path} holds no config.json; it is not a model directory")
-    elif directory.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1 or directory.parent.is_dir():
+    elif directory.exists():
+        raise UserError(f"model {path} is a file; give the directory that holds config.json and the weights")
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or directory.parent.is_dir():
         # What can only be a local path is not looked up on a hub, whose error would mislead.
         raise UserError(f"model {path} does not exist; `swiftkv fetch` gets one")
 
@@ -116,4 +121,5 @@ def _check_present(path: str) -> None:
 def one_line(error: BaseException) -> str:
     """The part of a library's error message that fits in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)  # "...:" is a heading
+    return (" ".join(lines[: first + 1]) or type(error).__name__)[:300]

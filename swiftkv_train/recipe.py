@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,7 +20,16 @@ from swiftkv_train.errors import UserError
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which `2e-4` is a number (YAML 1.1, PyYAML's dialect, reads it as text)."""
+    """YAML in which `2e-4` is a number (YAML 1.1, PyYAML's dialect, reads it as text) and no key may come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 RecipeLoader.add_implicit_resolver(
@@ -28,12 +37,15 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    base: str = Field(description="Local directory or hub id of the base model.")
+    base: str = Field(min_length=1, description="Local directory or hub id of the base model.")
     revision: str | None = Field(None, description="Revision of a hub id.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Compute dtype of the frozen base.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
@@ -67,7 +79,7 @@ class Source(Section):
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     field: str | None = Field(None, description="Column that holds plain text, or the messages. Found by itself when left out.")
     kind: Literal["auto", "text", "chat"] = Field("auto", description="`text`: loss on all tokens; `chat`: on assistant tokens.")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the training tokens, relative to the other sources.")
+    weight: float = Field(1.0, gt=0, description="Share of the training tokens, relative to the other sources.")
     max_documents: int | None = Field(None, ge=1, description="Read only the first documents.")
 
     @model_validator(mode="after")
@@ -81,8 +93,8 @@ class DataSection(Section):
     sequence_length: int = Field(512, ge=8, description="Tokens per packed sequence.")
     train: list[Source] = Field(min_length=1, description="Sources mixed by weight for training and calibration.")
     held_out: list[Source] = Field(default_factory=list, description="Sources evaluated on, never trained on.")
-    cache_dir: str = Field("outputs/token-cache", description="Where tokenised sources are kept, by content hash.")
-    seed: int = Field(0, description="Seed of the order of documents and sequences.")
+    cache_dir: str = Field("outputs/token-cache", min_length=1, description="Where tokenised sources are kept, by content hash.")
+    seed: int = Field(0, ge=0, description="Seed of the order of documents and sequences.")
 
     @field_validator("train", "held_out")
     @classmethod
@@ -100,17 +112,17 @@ class LossSection(Section):
 
 
 class TrainingSection(Section):
-    output_dir: str = Field(description="The run directory.")
+    output_dir: str = Field(min_length=1, description="The run directory.")
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all processes and accumulation.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward on one process.")
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
-    betas: tuple[float, float] = Field((0.9, 0.999))
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999))
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end or when stopped.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
     evaluate_every: int = Field(0, ge=0, description="Steps between held-out evaluations; 0: only at the start and end.")
@@ -226,6 +238,9 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {key!r}; {hint}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
+    if problem["type"] == "model_type":
+        section = _known_keys(Recipe, location)
+        return f"{key} must be a section with keys of its own ({', '.join(section)}), found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
     shown = f" (found {value!r})" if isinstance(value, str | int | float | bool | None | list) else ""

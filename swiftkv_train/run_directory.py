@@ -22,6 +22,8 @@ from swiftkv_train.loading import one_line
 from swiftkv_train.recipe import Recipe, load_recipe
 
 WEIGHTS, MOMENTS, PROGRESS = "student.safetensors", "optimizer.safetensors", "progress.json"
+# What a run leaves that ended over its model or its data: nothing that is worth keeping from the corrected one.
+BEFORE_THE_FIRST_FIGURE = {"recipe.yaml", "calibration.json", "wandb"}
 
 
 @dataclass
@@ -52,12 +54,17 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> RunDirectory:
-        """A new run directory. Raises UserError when `path` already holds anything."""
+        """A new run directory. Raises UserError when `path` already holds anything but a run that never began."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            holds = "another run" if run.recipe_path.exists() else "other files"
-            resume = "; continue it with --resume, or" if run.recipe_path.exists() else ";"
-            raise UserError(f"training.output_dir {run.path} holds {holds}{resume} choose another directory")
+        if run.path.exists() and not run.path.is_dir():
+            raise UserError(f"training.output_dir {run.path} is a file; choose another directory")
+        if run.path.exists() and not {item.name for item in run.path.iterdir()} <= BEFORE_THE_FIRST_FIGURE:
+            holds = "other files; choose another directory"
+            if run.recipe_path.exists():
+                holds = "a run that stopped before its first checkpoint; remove it or choose another directory"
+                if run.checkpoints():
+                    holds = "another run; continue it with --resume, or choose another directory"
+            raise UserError(f"training.output_dir {run.path} holds {holds}")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run.recipe_path.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -89,12 +96,21 @@ class RunDirectory:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows logged so far; one that a kill cut off is left out."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError:
+            raise UserError(f"{self.metrics_path} is damaged; remove the lines that are not JSON") from None
+
     def trim_metrics(self, step: int) -> None:
         """Drop the rows after `step`, which a resumed run writes again."""
         if not self.metrics_path.exists():
             return
-        rows = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
         temporary = self.metrics_path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self.metrics_path)
@@ -106,20 +122,26 @@ class RunDirectory:
 
     def read_json(self, name: str) -> Any:
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (OSError, ValueError):
+            raise UserError(f"{file} is damaged; remove it") from None
 
     def checkpoints(self) -> list[Checkpoint]:
         """Whole checkpoints, oldest first."""
         found = []
         for path in (self.path / "checkpoints").glob("step-*"):
-            progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-            found.append(Checkpoint(path, progress["step"], progress))
+            try:
+                progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+                found.append(Checkpoint(path, progress["step"], progress))
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(f"{path / PROGRESS} is damaged; remove {path} to use the checkpoint before") from None
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def last_checkpoint(self) -> Checkpoint:
         found = self.checkpoints()
         if not found:
-            raise UserError(f"run {self.path} holds no checkpoint yet; finish `swiftkv distill` first")
+            raise UserError(f"run {self.path} holds no checkpoint yet; `swiftkv distill` writes one when it ends or is stopped")
         return found[-1]
 
     def save_checkpoint(

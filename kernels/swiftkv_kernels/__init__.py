@@ -1,5 +1,13 @@
-"""Tensor operations of SwiftKV training and inference: torch, triton where it is present, no transformers."""
+"""Tensor operations of SwiftKV training and inference. Needs torch; uses triton where it is present; knows no transformers."""
 
+from swiftkv_kernels.causal_attention import causal_attention, causal_attention_backend, causal_attention_reference
 from swiftkv_kernels.distillation_kl import distillation_kl, distillation_kl_backend, distillation_kl_reference
 
-__all__ = ["distillation_kl", "distillation_kl_backend", "distillation_kl_reference"]
+__all__ = [
+    "causal_attention",
+    "causal_attention_backend",
+    "causal_attention_reference",
+    "distillation_kl",
+    "distillation_kl_backend",
+    "distillation_kl_reference",
+]

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from swiftkv_train.distill import Distillation
+from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.recipe import load_recipe
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
     """Held-out figures of both starts on the same text (the recipe's held-out sources, `training.evaluate_tokens` each)."""
+    if not load_recipe(recipe, overrides).data.held_out:
+        raise UserError(f"recipe {recipe} names no data.held_out to measure on")
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for init in ("copy", "calibrated"):

@@ -13,6 +13,7 @@ import torch
 
 from swiftkv_train.bench.memory import peak_memory
 from swiftkv_train.bench.reference import ReferenceStep
+from swiftkv_train.distill import DistillationModule, trainable_parameters, use_training_attention
 from swiftkv_train.errors import RunError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import synchronize
@@ -64,7 +65,6 @@ class _Steps:
 
     def __init__(self, path: str, batch_size: int, sequence_length: int):
         from swiftkv_models import rewrite
-        from swiftkv_train.distill import DistillationModule, trainable_parameters
         from swiftkv_train.loading import load_model
         from swiftkv_train.recipe import LossSection
 
@@ -89,9 +89,11 @@ class _Steps:
         arguments = self.input_ids, self.position_ids, self.loss_mask
         if name == "reference":
             self.model.train()
+            self.model.set_attn_implementation("sdpa")
             self.reference.backward(*arguments)
         else:
             self.model.eval()  # no checkpointing
+            use_training_attention(self.model)
             total, _ = self.module(*arguments)
             (total / self.loss_mask.numel()).backward()
         self.optimizer.step()

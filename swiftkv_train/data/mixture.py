@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swiftkv_train.data.packing import PackedSource, Sequence, cut_documents, fill_sequence
+from swiftkv_train.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +188,10 @@ def held_out_batches(
     """A source's first documents, in their order, as batches of at most `batch_size` sequences.
 
     Sequences without a loss position are left out. It stops before the tokens that are not padding exceed `max_tokens`,
-    but gives at least one sequence where the source has one.
+    but gives at least one sequence.
+
+    Raises:
+        UserError: the source has no token to predict.
     """
     sequences: list[tuple[Sequence, int]] = []
     tokens = 0
@@ -199,6 +203,8 @@ def held_out_batches(
         if sequences and tokens > max_tokens:
             break
         sequences.append((sequence, source_id))
+    if not sequences:
+        raise UserError(f"source {source.name!r} has no token to predict in sequences of {sequence_length}")
     return [_stack(sequences[at : at + batch_size]) for at in range(0, len(sequences), batch_size)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def evaluate(
         gates: `FIGURE=LIMIT`; see GATES.
 
     Raises:
-        UserError: no such model, vocabularies differ, no held-out data, a malformed gate.
+        UserError: no such model, another base, no held-out data, a malformed gate, a report that cannot be written.
         RunError: a gate is exceeded (the report is written all the same).
     """
     limits = [_parse_gate(gate) for gate in gates or []]
@@ -65,6 +66,14 @@ def evaluate(
             f"vocabulary mismatch: {checkpoint} has {vocabularies[0]} tokens, {base} has {vocabularies[1]}; "
             "give the base that the checkpoint was made from"
         )
+    embeddings = [model.get_input_embeddings().weight for model in (student_model, base_model)]
+    if not torch.equal(*embeddings):
+        raise UserError(f"{base} is not the model that {checkpoint} was made from: their embeddings differ")
+    directory = Path(report_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"report {directory} cannot be written: {error.strerror}") from None
     for model in (student_model, base_model):
         model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -72,6 +81,9 @@ def evaluate(
     sources = [_parse_source(text) for text in data] if data else (recipe.data.held_out if recipe else [])
     if not sources:
         raise UserError(f"{checkpoint} names no held-out data; give --data NAME=PATH")
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"--data names {max(names, key=names.count)!r} twice; give each source its own name")
     trained_kinds = {source.name for source in recipe.data.train} if recipe else set()
     length = recipe.data.sequence_length if recipe else 512
     cache_dir = recipe.data.cache_dir if recipe else "outputs/token-cache"
@@ -104,7 +116,6 @@ def evaluate(
         },
         "generations": side_by_side(student_model, base_model, tokenizer, new_tokens, report),
     }
-    directory = Path(report_dir)
     try:
         write_report(result, directory)
         _update_card(Path(checkpoint), result)
@@ -203,9 +214,12 @@ def _parse_gate(text: str) -> tuple[str, float]:
     if figure not in GATES:
         raise UserError(f"--gate {text!r}: unknown figure {figure!r}; known: {', '.join(GATES)}")
     try:
-        return figure, float(value)
+        limit = float(value)
     except ValueError:
-        raise UserError(f"--gate {text!r} must look like {figure}=0.2") from None
+        limit = math.nan
+    if not math.isfinite(limit):
+        raise UserError(f"--gate {text!r} must look like {figure}=0.2")
+    return figure, limit
 
 
 def _check_gate(result: dict[str, Any], figure: str, limit: float) -> None:

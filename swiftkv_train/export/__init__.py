@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-
 from swiftkv_models import LlamaSwiftKVForCausalLM
+
 from swiftkv_train.distill import build_model, load_trained
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export.bundle import bundle
@@ -122,10 +122,7 @@ def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
 
 def last_held_out(run: RunDirectory) -> dict[str, Any] | None:
     """The newest held-out figures that a run logged: source name -> figures."""
-    if not run.metrics_path.exists():
-        return None
-    rows = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
-    return next((row["held_out"] for row in reversed(rows) if "held_out" in row), None)
+    return next((row["held_out"] for row in reversed(run.metrics()) if "held_out" in row), None)
 
 
 __all__ = ["RunError", "export"]

@@ -36,7 +36,7 @@ steps; everything else is the base's, whose licence holds.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads the model's config too
 ```
 
 `generate` skips the tail for prompt tokens by itself. The files beside the weights are all the code it needs.

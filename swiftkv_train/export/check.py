@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from swiftkv_models import LlamaSwiftKVForCausalLM
 
 from swiftkv_train.errors import RunError
 from swiftkv_train.loading import one_line
-from swiftkv_models import LlamaSwiftKVForCausalLM
 
 # Runs where this project must not be importable: the checkpoint has to bring everything itself.
 PROBE = """

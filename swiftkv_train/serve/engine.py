@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.loading import load_model, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
     EngineStoppingError,
@@ -48,33 +49,11 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
         raise UserError(f"{directory}: has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-
-    import swiftkv_models  # noqa: F401  registers the SwiftKV model types with transformers
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"{directory}: its tokenizer has no chat template; add the base model's chat_template.jinja"
-            )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a foreign directory makes the libraries raise, they have no common class
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{directory}: cannot be loaded: {first_line}") from error
-    model, loading = loaded
-    # transformers fills what a checkpoint lacks with random numbers and only reports it.
-    if absent := sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]):
-        raise UserError(f"{directory}: {len(absent)} weights are absent or misshapen, for instance {absent[0]}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    tokenizer = load_tokenizer(str(directory))
+    if not tokenizer.chat_template:
+        raise UserError(f"{directory}: its tokenizer has no chat template; add the base model's chat_template.jinja")
+    model: Any = load_model(str(directory), dtype=dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 class _Job:

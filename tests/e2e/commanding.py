@@ -1,9 +1,8 @@
-"""The command as a user runs it: in a process of its own, or in this one where starting torch again would cost too much."""
+"""The command as a user runs it: in a process of its own, or in this one where starting torch would cost too much."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-ROOT = Path(__file__).parents[2]
 # Two cores are shared; the models are too small for a second thread, which would only spin.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_SILENT": "true"}
 
@@ -50,7 +47,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, **ENVIRONMENT, **changes}
 
 
-def start(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+def start(
+    *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "swiftkv_train.cli", *map(str, arguments)]
     return subprocess.Popen(
         command,
@@ -104,6 +103,7 @@ def _captured() -> Iterator[list[str]]:
 def run_here(*arguments: str | Path, cwd: Path) -> Result:
     """The entry point of the command in this process."""
     from accelerate.state import AcceleratorState
+
     from swiftkv_train.cli import main
 
     before = sys.argv, Path.cwd()
@@ -128,41 +128,3 @@ def run_here(*arguments: str | Path, cwd: Path) -> Result:
             os.chdir(before[1])
             torch.set_num_threads(threads)
     return Result(0 if status is None else status, texts[0], texts[1])
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without what depends on the clock."""
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
-
-
-def write_recipe(path: Path, changes: dict[str, Any] | None = None, *, remove: str | None = None) -> Path:
-    """The debug recipe, made shorter, at `path`; `changes` and `remove` name keys by dotted path."""
-    recipe = yaml.safe_load((ROOT / "recipes/debug/debug.yaml").read_text())
-    short = {
-        "training.steps": 4,
-        "training.checkpoint_every": 2,
-        "training.evaluate_tokens": 512,
-        "data.sequence_length": 64,
-        "calibration.tokens": 2048,
-    }
-    for key, value in {**short, **(changes or {})}.items():
-        _set(recipe, key, value)
-    if remove:
-        *parents, last = remove.split(".")
-        node = recipe
-        for name in parents:
-            node = node[int(name) if isinstance(node, list) else name]
-        del node[last]
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
-
-
-def _set(node: Any, key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for name in parents:
-        node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
-    node[int(last) if isinstance(node, list) else last] = value

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commanding import Result, run_here, run_process, write_recipe
+from commanding import Result, run_here, run_process
+from debug_recipe import write_recipe
 
 from swiftkv_train.fetch import fetch
 
 
 @dataclass
 class Project:
-    """A directory as a user has it: models/debug, data/debug, recipe.yaml, outputs/debug/run, outputs/debug/checkpoint."""
+    """A directory as a user has it: models and data, a recipe, its finished run and its checkpoint."""
 
     root: Path
     distilled: Result

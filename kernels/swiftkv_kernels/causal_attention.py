@@ -1,0 +1,165 @@
+"""Causal attention over whole (packed) sequences, as training and scoring need it: no cache, all positions at once.
+
+    O = softmax(Q K' / sqrt(C) + mask) V        mask: causal, and where given only the pairs that `allowed` marks
+
+    B batch   T tokens   H query heads   G K/V heads (H = G R)   C head size   S rows of a block
+    query [B, H, T, C]   key, value [B, G, T, C]   allowed [B, 1, T, T] bool   ->   [B, H, T, C]
+
+torch's flash operator is what every device but the CPU takes. On CPU it multiplies small tiles head by head, at about a
+tenth of the machine's rate of bf16 products. Here the R query heads of a K/V head are rows of one product, and rows are
+taken S positions at a time against the keys before their end, so that most of the future is never computed. Scores and
+softmax are fp32, as there; the backward pass computes a block's probabilities again, as there (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+BLOCK = 128
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None, scaling: float | None = None
+) -> Tensor:
+    """See the module's docstring. `scaling` replaces 1 / sqrt(C). Rows that may attend to nothing give 0.
+
+    Raises ValueError on shapes that do not fit.
+    """
+    _check(query, key, value, allowed)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if causal_attention_backend(query.device) == "cpu":
+        return _BlockAttention.apply(query, key, value, allowed, scaling)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=True
+    )
+
+
+def causal_attention_backend(device: torch.device | str) -> str:
+    """'cpu' (blocks of rows) or 'sdpa' (torch's own operator)."""
+    return "cpu" if torch.device(device).type == "cpu" else "sdpa"
+
+
+def causal_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None, scaling: float | None = None
+) -> Tensor:
+    """All scores at once, in fp32 (fp64 if the query is)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    ratio = query.shape[1] // key.shape[1]
+    keys, values = (tensor.to(dtype).repeat_interleave(ratio, dim=1) for tensor in (key, value))
+    scores = query.to(dtype) @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    length = query.shape[2]
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    if allowed is not None:
+        visible = visible & allowed
+    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1).nan_to_num(0.0)
+    return (weights @ values).to(query.dtype)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Shapes inside: rows of a K/V head are (position, query head) pairs, [B G, T R, C]."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, allowed, scaling):
+        rows, keys, values = _rows(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
+        output = torch.empty_like(rows)
+        for part, end, weights in _blocks(rows, keys, allowed, scaling, query.shape):
+            torch.bmm(weights, values[:, :end], out=output[:, part])
+        ctx.save_for_backward(query, key, value, allowed)
+        ctx.scaling = scaling
+        return _heads(output, query.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, allowed = ctx.saved_tensors
+        rows, keys, values = _rows(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
+        grad_rows = _rows(grad_output, key.shape[1])
+        grad_query = torch.empty_like(rows)
+        accumulate = torch.promote_types(key.dtype, torch.float32)
+        grad_key, grad_value = torch.zeros_like(keys, dtype=accumulate), torch.zeros_like(values, dtype=accumulate)
+        for part, end, weights in _blocks(rows, keys, allowed, ctx.scaling, query.shape):
+            grad_part = grad_rows[:, part]
+            grad_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad_part)
+            grad_weights = torch.bmm(grad_part, values[:, :end].transpose(1, 2))
+            products = grad_weights * weights
+            mean = products.sum(-1, keepdim=True, dtype=accumulate).to(products.dtype)
+            grad_scores = products.addcmul_(weights, mean, value=-1).mul_(ctx.scaling)
+            torch.bmm(grad_scores, keys[:, :end], out=grad_query[:, part])
+            grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), rows[:, part])
+        return (
+            _heads(grad_query, query.shape),
+            grad_key.to(key.dtype).view(key.shape),
+            grad_value.to(value.dtype).view(value.shape),
+            None,
+            None,
+        )
+
+
+def _blocks(
+    rows: Tensor, keys: Tensor, allowed: Tensor | None, scaling: float, shape: torch.Size
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """For every block of positions: its rows, how many keys it may see, and its weights [B G, S R, end]."""
+    batch, heads, length, _ = shape
+    groups = len(keys) // batch
+    ratio = heads // groups
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    transposed = keys.to(dtype).transpose(1, 2)
+    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=rows.device).triu(1)
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        size = end - start
+        part = slice(start * ratio, end * ratio)
+        with _half_precision_products(rows.dtype):
+            scores = torch.bmm(rows[:, part].to(dtype), transposed[:, :, :end]).mul_(scaling)
+        by_position = scores.view(batch, groups, size, ratio, end)
+        by_position[..., start:].masked_fill_(future[:size, None, :size], float("-inf"))
+        if allowed is None:
+            weights = torch.softmax(scores, dim=-1)
+        else:
+            by_position.masked_fill_(~allowed[:, :, start:end, None, :end], float("-inf"))
+            weights = torch.softmax(scores, dim=-1).nan_to_num_(0.0)
+        yield part, end, weights.to(rows.dtype)
+
+
+@contextmanager
+def _half_precision_products(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products of tensors that hold bf16 values may run on the bf16 units: nothing is rounded, sums stay fp32."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(settings, "fp32_precision", None)
+    if dtype != torch.bfloat16 or before is None:
+        yield
+        return
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _rows(heads: Tensor, groups: int) -> Tensor:
+    """[B, H, T, C] -> [B G, T R, C]."""
+    return heads.unflatten(1, (groups, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    """[B G, T R, C] -> [B, H, T, C]."""
+    batch, heads, length, size = shape
+    groups = rows.shape[0] // batch
+    return rows.view(batch, groups, length, heads // groups, size).transpose(2, 3).flatten(1, 2)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.ndim != 4 or key.shape != value.shape or key.ndim != 4:
+        raise ValueError(f"query must be [B, H, T, C] and key and value [B, G, T, C], not {shapes}")
+    batch, heads, length, size = query.shape
+    if key.shape[::2] != (batch, length) or key.shape[3] != size or key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"query must be [B, H, T, C] and key and value [B, G, T, C] with H a multiple of G, not {shapes}")
+    if allowed is not None and (allowed.dtype != torch.bool or allowed.shape != (batch, 1, length, length)):
+        raise ValueError(f"allowed must be bool {(batch, 1, length, length)}, not {allowed.dtype} {tuple(allowed.shape)}")

@@ -1,0 +1,143 @@
+"""More than one process, and processes that are stopped."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commanding import environment, run_here, start
+from debug_recipe import comparable, metrics, write_recipe
+
+from swiftkv_train.run_directory import RunDirectory
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def weights(run):
+    return RunDirectory.open(run).last_checkpoint().weights()
+
+
+def launch(*arguments, cwd, port):
+    command = [*LAUNCH, "--main_process_port", str(port), "-m", "swiftkv_train.distill", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_train_as_one_does(workplace, port):
+    changes = {"training.micro_batch_size": 3, "training.batch_size": 7, "loss.hidden_mse": 0.3}
+    recipe = write_recipe(workplace / "recipe.yaml", changes)
+    assert run_here("distill", recipe, "training.output_dir=one", cwd=workplace).status == 0
+    result = launch(recipe, "training.output_dir=two", cwd=workplace, port=port)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = comparable(metrics(workplace / "one")), comparable(metrics(workplace / "two"))
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    # fp32: gradients and calibration sums are added in another order, 1e-7 of their size per addition.
+    for row, expected in zip(two, one, strict=True):
+        for key in ("loss", "kl", "grad_norm"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=1e-4)
+        for name, quality in expected.get("held_out", {}).items():
+            assert row["held_out"][name] == pytest.approx(quality, rel=1e-4)
+    start = RunDirectory.open(workplace / "one").checkpoints()[0].weights()
+    moved = max(float((tensor - start[name]).abs().max()) for name, tensor in weights(workplace / "one").items())
+    for name, tensor in weights(workplace / "one").items():
+        # AdamW divides by a gradient's size: where that is next to nothing, its rounding shows.
+        assert float((weights(workplace / "two")[name] - tensor).abs().max()) < 2e-2 * moved, name
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# An evaluation at every step: wherever it stops, that step's must not be lost or logged twice.
+STEPS = 100
+CHANGES = {"training.steps": STEPS, "training.checkpoint_every": 0, "training.evaluate_every": 1}
+
+
+def rows_of(run):
+    return metrics(run) if (run / "metrics.jsonl").exists() else []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(workplace, number, status):
+    recipe = write_recipe(workplace / "recipe.yaml", CHANGES)
+    process = start("distill", recipe, "training.output_dir=stopped", cwd=workplace)
+    run = workplace / "stopped"
+    try:
+        wait_for(lambda: process.poll() is not None or len(rows_of(run)) > 3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status, err
+    lines = err.splitlines()
+    assert lines[-1].startswith("stopped     at step ")
+    assert lines[-1].endswith(f"of {STEPS}; continue with --resume")
+    assert "Traceback" not in err
+    step = RunDirectory.open(run).last_checkpoint().step
+    assert f"at step {step} of" in lines[-1]
+    assert 3 <= step < STEPS
+
+    # The rest of it, and a run that never stopped, in this process: they take about a second.
+    resumed = run_here("distill", recipe, "training.output_dir=stopped", "--resume", cwd=workplace)
+    assert resumed.status == 0, resumed.err
+    assert f"step-{step:06d}, {STEPS - step} steps left" in resumed.err
+    assert run_here("distill", recipe, "training.output_dir=whole", cwd=workplace).status == 0
+    steps = [row["step"] for row in metrics(run) if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert comparable(metrics(run)) == comparable(metrics(workplace / "whole"))
+    for name, tensor in weights(workplace / "whole").items():
+        assert torch.equal(weights(run)[name], tensor), name
+
+
+def test_two_interrupts_end_a_run_at_once(workplace):
+    # The first is honoured after a step; one that comes while calibration still runs need not be waited for.
+    recipe = write_recipe(workplace / "recipe.yaml", {"calibration.tokens": 50_000_000})
+    process = start("distill", recipe, cwd=workplace)
+    run = workplace / "outputs/debug/run"
+    try:
+        wait_for(lambda: process.poll() is not None or (run / "recipe.yaml").exists())
+        wait_for(lambda: process.poll() is not None or any((workplace / "outputs/token-cache").glob("*/meta.json")))
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    # Nothing of it is in the way of a second try.
+    again = run_here("distill", recipe, "calibration.tokens=1024", "training.steps=1", cwd=workplace)
+    assert again.status == 0, again.err
+
+
+def test_a_kill_during_export_leaves_nothing_under_the_final_name(project, workplace):
+    outputs = workplace / "exports"
+    process = start("export", project.run, "--to", outputs / "c", cwd=project.root)
+    try:
+        wait_for(lambda: process.poll() is not None or (outputs / ".c.partial/config.json").exists())
+    finally:
+        process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (outputs / "c").exists()
+    again = run_here("export", project.run, "--to", outputs / "c", cwd=project.root)
+    assert again.status == 0, again.err
+    assert [path.name for path in outputs.iterdir()] == ["c"]

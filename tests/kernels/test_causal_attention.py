@@ -1,0 +1,123 @@
+"""The blocked CPU path against all scores at once in fp64."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from swiftkv_kernels import causal_attention, causal_attention_backend, causal_attention_reference
+from swiftkv_kernels.causal_attention import BLOCK
+
+# Relative to the largest value: fp64 and fp32 by their own sums; bf16 and fp16 round weights and outputs once each.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def inputs(batch, heads, groups, length, size, dtype=torch.float64, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, length, count, size) for count in (heads, groups, groups)]
+    # As the projections leave them: [B, T, heads, C] seen as [B, heads, T, C], hence not contiguous.
+    return [(scale * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype).transpose(1, 2) for s in shapes]
+
+
+def document_mask(lengths, batch):
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (number[:, None] == number[None, :]).expand(batch, 1, -1, -1)
+
+
+def close(found, expected, dtype):
+    scale = max(float(expected.detach().abs().max()), 1e-3)
+    assert float((found.double() - expected.double()).detach().abs().max()) <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 8), (9, 3, 64), (8, 1, 16)])
+def test_output_and_gradients(dtype, length, heads, groups, size):
+    tensors = [tensor.requires_grad_() for tensor in inputs(2, heads, groups, length, size, dtype)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    output, expected = causal_attention(*tensors), causal_attention_reference(*exact)
+    assert output.dtype == dtype
+    close(output, expected, dtype)
+    upstream = torch.randn_like(expected)
+    found = torch.autograd.grad(output, tensors, upstream.to(dtype))
+    for gradient, right in zip(found, torch.autograd.grad(expected, exact, upstream), strict=True):
+        close(gradient, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_documents_are_isolated(dtype):
+    lengths = [3, 130, 1, 70]
+    query, key, value = inputs(2, 6, 2, sum(lengths), 16, dtype)
+    packed = causal_attention(query, key, value, allowed=document_mask(lengths, 2))
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        apart = causal_attention_reference(query[:, :, part], key[:, :, part], value[:, :, part])
+        close(packed[:, :, part], apart, dtype)
+        start += length
+
+
+def test_masked_gradients():
+    tensors = [tensor.requires_grad_() for tensor in inputs(1, 4, 2, 150, 8)]
+    mask = document_mask([20, 130], 1)
+    upstream = torch.randn(1, 4, 150, 8, dtype=torch.float64)
+    found = torch.autograd.grad(causal_attention(*tensors, allowed=mask), tensors, upstream)
+    expected = torch.autograd.grad(causal_attention_reference(*tensors, allowed=mask), tensors, upstream)
+    for gradient, right in zip(found, expected, strict=True):
+        close(gradient, right, torch.float64)
+
+
+def test_agrees_with_torch():
+    query, key, value = inputs(2, 6, 3, 200, 32)
+    expected = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=0.3)
+    close(causal_attention(query, key, value, scaling=0.3), expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_scores_stay_finite(dtype):
+    query, key, value = inputs(1, 2, 1, 140, 8, dtype, scale=60.0)
+    output = causal_attention(query, key, value)
+    assert output.isfinite().all()
+    close(output, causal_attention_reference(query.double(), key.double(), value.double()), dtype)
+
+
+def test_rows_that_see_nothing_give_zero():
+    query, key, value = inputs(1, 2, 1, 5, 8)
+    allowed = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    allowed[..., 3, :] = False
+    output = causal_attention(query, key, value, allowed=allowed)
+    assert (output[:, :, 3] == 0).all()
+    assert output.isfinite().all()
+
+
+def test_nothing_of_all_scores_at_once_is_kept_for_backward():
+    tensors = [tensor.requires_grad_() for tensor in inputs(1, 4, 2, 300, 8)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        causal_attention(*tensors)
+    assert max(saved) == 4 * 300 * 8
+
+
+def test_precision_setting_is_restored():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    causal_attention(*inputs(1, 2, 1, 9, 8, torch.bfloat16))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_shapes_that_do_not_fit():
+    query, key, value = inputs(1, 4, 2, 6, 8)
+    for wrong in (
+        (query, key, value[:, :, :5]),
+        (query[:, :3], key, value),
+        (query[..., :4], key, value),
+        (query[:, :, :5], key, value),
+        (query[0], key, value),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            causal_attention(*wrong)
+    with pytest.raises(ValueError, match="allowed must be bool"):
+        causal_attention(query, key, value, allowed=torch.ones(1, 1, 6, 6))
+
+
+def test_backend():
+    assert causal_attention_backend("cpu") == "cpu"
+    assert causal_attention_backend("cuda:1") == "sdpa"

@@ -1,0 +1,223 @@
+"""The training step against an independent one, and what must not change its result."""
+
+import copy
+import math
+import shutil
+
+import pytest
+import torch
+from debug_recipe import comparable, metrics
+from swiftkv_models import rewrite
+from tiny import random_ids, randomise_tail, tiny_llama
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from swiftkv_train.data import Batch
+from swiftkv_train.distill import Distillation, DistillationModule, distill, learning_rate, trainable_parameters
+from swiftkv_train.errors import UserError
+from swiftkv_train.quality import token_measures
+from swiftkv_train.recipe import LossSection, TrainingSection
+from swiftkv_train.run_directory import RunDirectory
+
+LENGTH = 24
+
+
+@pytest.fixture
+def packed():
+    """Rows of two documents; the loss is on some positions only, of unequal number per row."""
+    positions = torch.stack([torch.cat([torch.arange(n), torch.arange(LENGTH - n)]) for n in (7, 16, 23)])
+    mask = torch.rand(3, LENGTH, generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.2], [0.5], [0.9]])
+    return random_ids(3, LENGTH), positions, mask
+
+
+def independent_loss(teacher, student, ids, positions, mask, loss):
+    """Two full forwards, whole logits, autograd: (sum of KL x T^2, sum of the MSE between the last layer's inputs)."""
+    arguments = {"position_ids": positions, "use_cache": False, "output_hidden_states": True}
+    with torch.no_grad():
+        base = teacher(ids, **arguments)
+    ours = student(ids, **arguments)
+    temperature = loss.temperature
+    log_p = functional.log_softmax(base.logits[mask] / temperature, dim=-1)
+    log_q = functional.log_softmax(ours.logits[mask] / temperature, dim=-1)
+    kl = functional.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
+    mse = (ours.hidden_states[-2] - base.hidden_states[-2])[mask].square().mean(-1).sum()
+    return kl, mse
+
+
+# fp64 both; the MSE is taken in fp32 (1e-7), and the KL's own rounding in fp64 is far below.
+@pytest.mark.parametrize(("hidden_mse", "tolerance"), [(0.0, 1e-10), (0.7, 1e-6)])
+@pytest.mark.parametrize(("family", "group"), [("smollm2", 1), ("bias", 2), ("llama3.1", 4)])
+def test_loss_and_gradients_equal_two_full_forwards(packed, family, group, hidden_mse, tolerance):
+    ids, positions, mask = packed
+    base = tiny_llama(family)
+    teacher = copy.deepcopy(base)
+    model = randomise_tail(rewrite(base, num_key_value_layers=2, key_value_group_size=group)).requires_grad_(False)
+    parameters = trainable_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    loss = LossSection(temperature=1.7, hidden_mse=hidden_mse)
+
+    kl, mse = independent_loss(teacher, model, ids, positions, mask, loss)
+    expected = kl + hidden_mse * mse
+    gradients = torch.autograd.grad(expected, list(parameters.values()))
+
+    total, reported = DistillationModule(model, loss)(ids, positions, mask)
+    total.backward()
+    assert total.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert reported.item() == pytest.approx(kl.item(), rel=tolerance)
+    assert kl.item() > 1
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        assert parameter.grad is not None
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(parameter.grad, gradient, atol=10 * tolerance * scale, rtol=0, msg=name)
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in parameters)
+
+
+def test_the_measures_of_a_batch_are_those_of_whole_logits(packed):
+    ids, positions, mask = packed
+    mask[:, -1] = False
+    base = tiny_llama("smollm2")
+    teacher = copy.deepcopy(base)
+    model = randomise_tail(rewrite(base, num_key_value_layers=2))
+    batch = Batch(ids, positions, mask, torch.ones_like(mask), torch.zeros(3, dtype=torch.long))
+    with torch.no_grad():
+        student, teacher_logits = (m(ids, position_ids=positions, use_cache=False).logits for m in (model, teacher))
+    rows, columns = mask.nonzero(as_tuple=True)
+    expected = token_measures(student[mask], teacher_logits[mask], ids[rows, columns + 1])
+    found = DistillationModule(model, LossSection()).compare(batch)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 1e-3 / 5),  # the first of five warm-up steps
+        (4, 1e-3),  # the last of them
+        (5, 1e-3),  # the cosine starts at the peak
+        (52, 1e-3 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 47 / 95)))),
+        (100, 1e-3 * 0.2),  # and ends at the floor
+    ],
+)
+def test_the_learning_rate_rises_and_falls_as_stated(step, rate):
+    training = TrainingSection(
+        output_dir="x", steps=100, batch_size=1, learning_rate=1e-3, warmup=0.05, final_learning_rate=0.2
+    )
+    assert learning_rate(training, step) == pytest.approx(rate, rel=1e-12)
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    training = TrainingSection(output_dir="x", steps=1, batch_size=1, learning_rate=1e-3, warmup=0.0)
+    assert learning_rate(training, 0) == 1e-3
+
+
+def trained(recipe, steps):
+    distillation = Distillation(recipe, quiet=True)
+    distillation.prepare()
+    start = {name: tensor.clone() for name, tensor in distillation.module.state_dict().items()}
+    rows = [distillation.train_step() for _ in range(steps)]
+    return start, dict(distillation.module.state_dict()), rows, distillation
+
+
+def test_training_changes_the_rewrite_and_nothing_else(make_recipe):
+    before, after, rows, _ = trained(make_recipe(loss__hidden_mse=0.5), 2)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_swiftkv" in name}
+    assert rows[0]["loss"] > rows[0]["kl"] > 0
+
+
+@pytest.mark.parametrize("hidden_mse", [0.0, 0.5])
+def test_the_size_of_micro_batches_does_not_change_the_result(make_recipe, hidden_mse):
+    found = {}
+    for size in (8, 1, 3):
+        recipe = make_recipe(
+            training__micro_batch_size=size, training__output_dir=f"run-{size}", loss__hidden_mse=hidden_mse
+        )
+        found[size] = trained(recipe, 3)
+    _, whole, whole_rows, distillation = found[8]
+    counts = distillation.data.batch(0, 8).loss_mask.sum(1)
+    assert counts.max() > 1.5 * counts.min()  # a mean of means would be another number
+    start = found[8][0]
+    moved = max(float((whole[name] - start[name]).abs().max()) for name in whole)
+    for size in (1, 3):
+        _, weights, rows, _ = found[size]
+        for row, expected in zip(rows, whole_rows, strict=True):
+            for key in ("loss", "kl", "grad_norm"):
+                assert row[key] == pytest.approx(expected[key], rel=1e-5)
+            assert row["loss_tokens"] == expected["loss_tokens"]
+        # Sums in another order differ by 1e-7 of the gradients; AdamW divides by their size, which magnifies it where
+        # an element's gradient is next to nothing.
+        difference = max(float((weights[name] - whole[name]).abs().max()) for name in whole)
+        assert difference < 1e-2 * moved
+
+
+def test_the_loss_is_divided_by_the_loss_tokens_of_the_step(make_recipe):
+    recipe = make_recipe(rewrite__init="copy", training__micro_batch_size=3)
+    distillation = Distillation(recipe, quiet=True)
+    distillation.prepare()
+    batch = distillation.data.batch(0, 8)
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.model.base, dtype=torch.float32)
+    model = distillation.module.model
+    with torch.no_grad():
+        kl, _ = independent_loss(teacher, model, batch.input_ids, batch.position_ids, batch.loss_mask, recipe.loss)
+    row = distillation.train_step()
+    assert row["loss"] == pytest.approx(float(kl) / int(batch.loss_mask.sum()), rel=1e-4)
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(make_recipe):
+    changes = {"training__evaluate_every": 3, "training__keep_last": 10, "training__steps": 6}
+    assert distill(make_recipe(training__output_dir="whole", **changes), quiet=True) == 0
+    recipe = make_recipe(training__output_dir="parts", **changes)
+    assert distill(recipe, quiet=True) == 0
+    whole, parts = RunDirectory.open("whole"), RunDirectory.open("parts")
+    # What a kill after step 5 leaves: the checkpoint of step 4, rows after it, one of them cut off, and a partial.
+    shutil.rmtree(parts.path / "checkpoints/step-000006")
+    (parts.path / "checkpoints/.step-000006.partial").mkdir()
+    lines = parts.metrics_path.read_text().splitlines(keepends=True)
+    parts.metrics_path.write_text("".join(lines[:-2]) + lines[-2][:20])
+    assert distill(recipe, resume=True, quiet=True) == 0
+    assert comparable(metrics(whole.path)) == comparable(metrics(parts.path))
+    steps = [("held_out" in row, row["step"]) for row in metrics(parts.path)]
+    assert len(set(steps)) == len(steps) == 6 + 3
+    one, other = whole.last_checkpoint(), parts.last_checkpoint()
+    assert one.step == other.step == 6
+    for name, tensor in one.weights().items():
+        assert torch.equal(tensor, other.weights()[name]), name
+    for name, tensor in one.optimizer_state().items():
+        assert torch.equal(tensor, other.optimizer_state()[name]), name
+
+
+def test_resuming_a_finished_run_adds_nothing(make_recipe):
+    recipe = make_recipe(training__steps=2)
+    distill(recipe, quiet=True)
+    run = RunDirectory.open(recipe.training.output_dir)
+    before = run.metrics(), run.last_checkpoint().weights()
+    assert distill(recipe, resume=True, quiet=True) == 0
+    assert run.metrics() == before[0]
+    for name, tensor in run.last_checkpoint().weights().items():
+        assert torch.equal(tensor, before[1][name])
+
+
+def test_resuming_under_a_changed_recipe_or_changed_data_is_refused(make_recipe, tmp_path):
+    recipe = make_recipe(training__steps=2)
+    distill(recipe, quiet=True)
+    with pytest.raises(UserError, match=r"started with data\.train\.0\.weight=1\.0, the recipe now says 2\.0"):
+        distill(make_recipe(training__steps=2, data__train__0__weight=2.0), resume=True, quiet=True)
+    (tmp_path / "other.jsonl").write_text('{"text": "Another fox sleeps in another garden."}\n')
+    run = RunDirectory.open(recipe.training.output_dir)
+    recipe.data.train[0].path = "other.jsonl"
+    run.recipe_path.write_text(recipe.to_yaml())
+    with pytest.raises(UserError, match="the training data changed"):
+        distill(recipe, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rewrite__num_key_value_layers": 6}, "num_key_value_layers"),
+        ({"data__sequence_length": 5000}, "data.sequence_length"),
+    ],
+)
+def test_a_recipe_that_cannot_work_on_this_model_is_refused(make_recipe, changes, says):
+    with pytest.raises(UserError, match=says):
+        distill(make_recipe(**changes), quiet=True)

@@ -1,0 +1,155 @@
+"""Recipes: what is refused, and in which words."""
+
+import pytest
+import yaml
+from debug_recipe import DEBUG_RECIPE
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.recipe import load_recipe, parse_recipe
+
+TEXT = DEBUG_RECIPE.read_text()
+
+
+def parse(text=TEXT, *overrides):
+    return parse_recipe(text, "r.yaml", list(overrides))
+
+
+def refusal(text=TEXT, *overrides):
+    with pytest.raises(UserError) as error:
+        parse(text, *overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("modle", "model"),
+        ("model.bsae", "base"),
+        ("rewrite.num_key_value_layer", "num_key_value_layers"),
+        ("calibration.token", "tokens"),
+        ("data.sequence_lenght", "sequence_length"),
+        ("data.train.0.wieght", "weight"),
+        ("data.held_out.1.pth", "path"),
+        ("loss.temprature", "temperature"),
+        ("training.stpes", "steps"),
+        ("logging.wandb.projct", "project"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_right_one(key, nearest):
+    project = ["logging.wandb.project=p"] if "wandb" in key else []
+    assert refusal(TEXT, *project, f"{key}=1") == f"recipe r.yaml: unknown key {key!r}; did you mean {nearest!r}?"
+
+
+def test_an_unknown_key_unlike_any_lists_the_known_ones():
+    assert refusal(TEXT, "loss.xyz=1").endswith("unknown key 'loss.xyz'; known keys here: temperature, hidden_mse")
+
+
+def test_an_unknown_key_is_told_before_the_missing_one_that_it_explains():
+    text = TEXT.replace("  base:", "  bass:")
+    assert refusal(text) == "recipe r.yaml: unknown key 'model.bass'; did you mean 'base'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.steps=many", "training.steps: Input should be a valid integer (found 'many')"),
+        ("training.steps=1.5", "training.steps: Input should be a valid integer"),
+        ("training.steps=true", "training.steps: Input should be a valid integer (found True)"),
+        ("training.steps=-3", "training.steps: Input should be greater than or equal to 1 (found -3)"),
+        ("training.steps=", "training.steps: Input should be a valid integer (found None)"),
+        ("training.learning_rate=.nan", "training.learning_rate: Input should be a finite number"),
+        ("training.max_grad_norm=.inf", "training.max_grad_norm: Input should be a finite number"),
+        ("training.betas=[0.9, 1.0]", "training.betas.1: Input should be less than 1"),
+        ("training.seed=-1", "training.seed: Input should be greater than or equal to 0"),
+        ("training.output_dir=''", "training.output_dir: String should have at least 1 character"),
+        ("model.dtype=int8", "model.dtype: Input should be 'bfloat16', 'float16' or 'float32' (found 'int8')"),
+        ("loss=3", "loss must be a section with keys of its own (temperature, hidden_mse), found 3"),
+        ("data.train=[]", "data.train: List should have at least 1 item"),
+        ("data.train.1.name=prose", "data.train: two sources are named 'prose'"),
+        ("data.train.0.dataset=x/y", "data.train.0: a source needs exactly one of `path` and `dataset`"),
+        ("rewrite.init=checkpoint", "rewrite: `init: checkpoint` and `init_from: DIR` go together"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_key(override, says):
+    assert refusal(TEXT, override).startswith(f"recipe r.yaml: {says}")
+
+
+@pytest.mark.parametrize("key", ["model.base", "training.steps", "data.train.0.name"])
+def test_a_missing_key_is_named(key):
+    content = yaml.safe_load(TEXT)
+    node = content
+    *parents, last = key.split(".")
+    for name in parents:
+        node = node[int(name)] if isinstance(node, list) else node[name]
+    del node[last]
+    assert refusal(yaml.safe_dump(content)) == f"recipe r.yaml: key {key!r} is missing"
+
+
+@pytest.mark.parametrize(("text", "number"), [("2e-4", 2e-4), ("1E3", 1e3), ("2.5e-4", 2.5e-4), ("-1e1", None)])
+def test_a_number_with_an_exponent_and_no_point_is_a_number(text, number):
+    if number is None:
+        assert "greater than 0 (found -10.0)" in refusal(TEXT, f"training.learning_rate={text}")
+    else:
+        assert parse(TEXT, f"training.learning_rate={text}").training.learning_rate == number
+        in_file = TEXT.replace("learning_rate: 3.0e-3", f"learning_rate: {text}")
+        assert parse(in_file).training.learning_rate == number
+
+
+def test_overrides_reach_sections_list_positions_and_absent_sections():
+    recipe = parse(
+        TEXT,
+        "training.steps=7",
+        "data.train.1.path=other.jsonl",
+        "logging.wandb.project=p",
+        "training.betas=[0.5, 0.6]",
+    )
+    assert recipe.training.steps == 7
+    assert [source.path for source in recipe.data.train] == ["data/debug/prose.train.jsonl", "other.jsonl"]
+    assert recipe.logging.wandb is not None
+    assert recipe.logging.wandb.project == "p"
+    assert recipe.training.betas == (0.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.steps", "override 'training.steps' must look like training.steps=200"),
+        ("=3", "override '=3' must look like training.steps=200"),
+        ("data.train.2.path=x", "override data.train.2.path: '2' must be a position from 0 to 1"),
+        ("data.train.first.path=x", "override data.train.first.path: 'first' must be a position from 0 to 1"),
+        ("training.steps.x=3", "override 'training.steps.x=3': training.steps is not a section"),
+        ("training.steps=[1", "override 'training.steps=[1': the value is not YAML"),
+    ],
+)
+def test_a_malformed_override_is_refused(override, says):
+    assert refusal(TEXT, override) == says
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [1,\nb: {", "is not YAML: "),
+        ("a: !!python/object/apply:os.getcwd []", "is not YAML: could not determine a constructor"),
+        (TEXT + "\ntraining: {}\n", "is not YAML: key 'training' is given twice"),
+        (TEXT.replace("  steps:", "  seed: 1\n  seed: 2\n  steps:"), "is not YAML: key 'seed' is given twice"),
+        ("", "must hold a mapping with the keys model, rewrite"),
+        ("- a\n- b\n", "must hold a mapping"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused(text, says):
+    assert refusal(text).startswith(f"recipe r.yaml {says}")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    for name, says in (("none.yaml", "does not exist"), ("binary.yaml", "cannot be read"), (".", "cannot be read")):
+        with pytest.raises(UserError, match=says) as error:
+            load_recipe(tmp_path / name)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_the_stored_recipe_reads_back_as_the_same_recipe():
+    recipe = parse(TEXT, "training.betas=[0.8, 0.9]", "logging.wandb.project=p")
+    assert parse(recipe.to_yaml()) == recipe
