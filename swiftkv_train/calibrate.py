@@ -1,9 +1,9 @@
 """Calibrated start: the tail's K/V projections in closed form.
 
 Every tail layer's K/V input is one tensor X = norm_swiftkv(h_l) [N, D], and the trunk is the same in base and student.
-So the best linear projections onto the base's own K and V (before RoPE), Y = [K, V] [N, 2 G C] of a layer, are the ridge
-solution W' = (X'X + r I)^-1 X'Y with r = ridge x mean diagonal of X'X. One pass over the tokens accumulates X'X once
-and X'Y per layer in fp64; nothing else is kept. With biases X gets a column of ones, which the ridge leaves alone.
+So the best linear projections onto the base's own K and V (before RoPE), Y = [K, V] [N, 2 G C] of a layer, are the
+ridge solution W' = (X'X + r I)^-1 X'Y with r = ridge x mean diagonal of X'X. One pass over the tokens accumulates X'X
+once and X'Y per layer in fp64; nothing else is kept. With biases X gets a column of ones, which the ridge leaves alone.
 The layers of an AcrossKV group share the mean of their solutions.
 
 The fit's R^2 per layer (1: the projection is exact) says how much of a layer's K/V the shared state still holds.
@@ -93,7 +93,8 @@ def accumulate_moments(
     config = model.config
     device = model.model.norm_swiftkv.weight.device
     width = config.hidden_size + int(config.attention_bias)
-    outputs = 2 * config.num_key_value_heads * config.head_dim
+    attention = model.model.layers[-1].self_attn
+    outputs = attention.k_proj.out_features + attention.v_proj.out_features
     tail = config.num_hidden_layers - config.num_key_value_layers
 
     def zeros(*shape: int) -> torch.Tensor:
@@ -130,7 +131,10 @@ def accumulate_moments(
 
 @torch.no_grad()
 def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> list[LayerFit]:
-    """Put the ridge solutions into the `k_proj_swiftkv` and `v_proj_swiftkv` of `model`; returns the fit of every layer."""
+    """Put the ridge solutions into the `k_proj_swiftkv` and `v_proj_swiftkv` of `model`.
+
+    Returns the fit of every tail layer.
+    """
     config = model.config
     width = config.hidden_size
     strength = ridge * moments.inputs.diagonal()[:width].mean()
@@ -150,13 +154,18 @@ def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> lis
         r2 = [1 - float(residual[part].sum() / total[part].sum()) for part in (slice(0, half), slice(half, None))]
         fits.append(LayerFit(first + offset, *r2))
     for leader in range(first, config.num_hidden_layers):
-        members = [index for index in range(leader, config.num_hidden_layers) if config.key_value_leader(index) == leader]
+        members = [
+            index for index in range(leader, config.num_hidden_layers) if config.key_value_leader(index) == leader
+        ]
         if not members:
             continue
         shared = torch.stack([solutions[index - first] for index in members]).mean(0)
         attention = model.model.layers[leader].self_attn
         half = shared.shape[1] // 2
-        for projection, part in ((attention.k_proj_swiftkv, shared[:, :half]), (attention.v_proj_swiftkv, shared[:, half:])):
+        for projection, part in (
+            (attention.k_proj_swiftkv, shared[:, :half]),
+            (attention.v_proj_swiftkv, shared[:, half:]),
+        ):
             projection.weight.copy_(part[:width].T)
             if config.attention_bias:
                 projection.bias.copy_(part[width])

@@ -12,12 +12,18 @@ from swiftkv_train.loading import load_model, load_tokenizer, one_line
 
 
 def chat(
-    path: str, *, prompt: str | None = None, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+    path: str,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
 ) -> None:
     """Answer `prompt`, or read messages from the terminal until its end; answers stream to standard output.
 
     Raises:
-        UserError: no such model, no chat template or one that refuses the messages, an empty prompt, or a conversation longer than the model's context.
+        UserError: no such model, no chat template or one that refuses the messages, an empty prompt, or a conversation
+            longer than the model's context.
     """
     from jinja2 import TemplateError
     from transformers import DynamicCache, TextStreamer
@@ -27,7 +33,7 @@ def chat(
     tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template; it is not a chat model")
-    model = load_model(path)
+    model: Any = load_model(path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
@@ -39,6 +45,7 @@ def chat(
             return
         if message.strip():
             messages.append({"role": "user", "content": message})
+            inputs: Any
             try:
                 inputs = tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -65,7 +72,7 @@ def chat(
                 **sampling,
             )
             known = output[0, : cache.get_seq_length()].cpu()
-            reply = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            reply = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
             messages.append({"role": "assistant", "content": reply})
         if prompt is not None:
             return

@@ -61,7 +61,7 @@ def fetch(
 
 @app.command(epilog=_example("swiftkv calibrate recipes/smollm2-135m/quickstart.yaml"))
 def calibrate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, as a run to export."""
+    """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, to export."""
     raise typer.Exit(_distil(recipe, overrides, calibrate_only=True))
 
 
@@ -93,7 +93,9 @@ def _distil(recipe: str, overrides: list[str] | None, **options: bool) -> int:
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory of `swiftkv distill`.")],
     to: Annotated[Path, typer.Option(help="Directory to make.")],
-    format: Annotated[str, typer.Option(help="hf: stands alone with transformers; arctic: for ArcticInference.")] = "hf",
+    format: Annotated[
+        str, typer.Option(help="hf: stands alone with transformers; arctic: for ArcticInference.")
+    ] = "hf",
 ) -> None:
     """Write a run's last checkpoint as a model that needs nothing of this project, and check it in a clean process."""
     if format not in ("hf", "arctic"):
@@ -114,7 +116,10 @@ def evaluate(
     report: Annotated[Path, typer.Option(help="Directory for report.json, report.md and plots.")],
     data: Annotated[Optional[list[str]], typer.Option(help="Held-out NAME=PATH; default: the recipe's.")] = None,  # noqa: UP045
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens per source.")] = 16_384,
-    gate: Annotated[Optional[list[str]], typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it.")] = None,  # noqa: UP045
+    gate: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what the rewrite cost and gained: held-out KL, agreement, perplexity, first token, K/V bytes, answers."""

@@ -1,4 +1,4 @@
-"""Distil a base model into its SwiftKV form: `swiftkv distill RECIPE` or `accelerate launch -m swiftkv_train.distill RECIPE`.
+"""Distil a base model into its SwiftKV form: `swiftkv distill`, or `accelerate launch -m swiftkv_train.distill`.
 
 One module is both models. A step runs the trunk once and the base's tail without gradient, the student's tail with
 gradient, and forms the KL and its gradient in the forward (`swiftkv_kernels.distillation_kl`). Only `*_swiftkv` weights
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class DistillationModule(nn.Module):
-    """Base and student as one module whose forward is the loss; nothing of it is read outside (ZeRO-3 and FSDP shard it)."""
+    """Base and student as one module whose forward is the loss; ZeRO-3 and FSDP shard it, so all reading is inside."""
 
     def __init__(self, model: LlamaSwiftKVForCausalLM, loss: LossSection):
         super().__init__()
@@ -88,6 +88,12 @@ def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
         revision=recipe.model.revision,
         families=("llama",),
     )
+    length, context = recipe.data.sequence_length, base.config.max_position_embeddings
+    if length > context:
+        raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")
+    first, layers = recipe.rewrite.num_key_value_layers, base.config.num_hidden_layers
+    if first == layers:
+        raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
     try:
         return rewrite(
             base,
@@ -108,7 +114,7 @@ def use_training_attention(model: LlamaSwiftKVForCausalLM) -> None:
         model.set_attn_implementation(PACKED_CAUSAL)
 
 
-def load_trained(model: LlamaSwiftKVForCausalLM, weights: dict[str, torch.Tensor], origin: str) -> None:
+def load_trained(model: LlamaSwiftKVForCausalLM, weights: Mapping[str, torch.Tensor], origin: str) -> None:
     """Put trained tensors into `model`. Raises UserError unless they are exactly its `*_swiftkv` tensors."""
     parameters = trainable_parameters(model)
     if odd := sorted(weights.keys() ^ parameters.keys()):
@@ -205,13 +211,12 @@ class Distillation:
         self.recipe, self.resume = recipe, resume
         training = recipe.training
         precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[recipe.model.dtype]
-        self.accelerator = Accelerator(mixed_precision=precision)
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
         if precision == "fp16" and self.accelerator.device.type == "cpu":
             raise UserError("model.dtype: float16 trains on a GPU only; use bfloat16 or float32")
         if training.batch_size < self.accelerator.num_processes:
-            raise UserError(
-                f"training.batch_size {training.batch_size} is smaller than the {self.accelerator.num_processes} processes"
-            )
+            processes = self.accelerator.num_processes
+            raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes} processes")
         set_seed(training.seed)
         self.report = Reporter(enabled=self.accelerator.is_main_process and not quiet)
         self.run = self._open_run()
@@ -282,8 +287,12 @@ class Distillation:
             parameters.values(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
         )
         self.step = 0
+        self.evaluated: set[int] = set()  # steps whose held-out figures are logged
         if checkpoint is not None:
             self.step = checkpoint.step
+            self.evaluated = {
+                row["step"] for row in self.run.metrics() if "held_out" in row and row["step"] <= self.step
+            }
             restore_optimizer(self.optimizer, parameters, checkpoint.optimizer_state())
             if accelerator.is_main_process:
                 self.run.trim_metrics(self.step)
@@ -374,10 +383,11 @@ class Distillation:
             self.tracker.log(flat, step=row["step"])
 
     def log_quality(self) -> None:
-        if not self.held_out:
+        if not self.held_out or self.step in self.evaluated:
             return
         found = self.evaluate()
         self.report.quality(self.step, found)
+        self.evaluated.add(self.step)
         self.log({"step": self.step, "held_out": {name: quality.to_dict() for name, quality in found.items()}})
 
     def train(self, *, calibrate_only: bool = False) -> int:
@@ -391,10 +401,10 @@ class Distillation:
                 self.save()
                 return 0
             status = self._steps(stop)
-        if status is not None:
-            return status
-        self.log_quality()
-        self.save()
+            if status is not None:
+                return status
+            self.log_quality()
+            self.save()
         self.report.line(f"finished    {training.steps} steps; next: swiftkv export {self.run.path} --to DIR")
         return 0
 
@@ -410,15 +420,17 @@ class Distillation:
                 advance(row)
                 if self.step % training.log_every == 0 or self.step == training.steps:
                     self.log(row)
+                if training.evaluate_every and self.step % training.evaluate_every == 0:
+                    self.log_quality()
                 if stop.agreed(self.accelerator):
                     self.save()
                     self.report.line(f"stopped     at step {self.step} of {training.steps}; continue with --resume")
                     return 130 if stop.signal == signal.SIGINT else 0
-                if self.step == training.steps:
-                    break
-                if training.evaluate_every and self.step % training.evaluate_every == 0:
-                    self.log_quality()
-                if training.checkpoint_every and self.step % training.checkpoint_every == 0:
+                if (
+                    training.checkpoint_every
+                    and self.step % training.checkpoint_every == 0
+                    and self.step < training.steps
+                ):
                     self.save()
         return None
 

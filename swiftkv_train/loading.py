@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from swiftkv_train.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# transformers' annotations of `to`, `generate` and the tokenizers' calls reject right uses of them.
+Model: TypeAlias = Any  # a causal language model of transformers
+Tokenizer: TypeAlias = Any  # a fast tokenizer of transformers
 
 
 def dtype_of(name: str) -> torch.dtype | str:
@@ -26,15 +29,16 @@ def load_model(
     attention: str | None = None,
     revision: str | None = None,
     families: tuple[str, ...] = ("llama", "llama_swiftkv"),
-) -> PreTrainedModel:
+) -> Model:
     """The causal language model at `path` (directory or hub id), in eval mode.
 
     Raises:
         UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen.
     """
-    import swiftkv_models  # noqa: F401  (registers its model types)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
+
+    import swiftkv_models  # noqa: F401  (registers its model types)
 
     logging.disable_progress_bar()  # ours would stand between them
     _check_present(path)
@@ -49,7 +53,7 @@ def load_model(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of odd tensors fills a screen; one line below says it
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype_of(dtype),
@@ -64,16 +68,18 @@ def load_model(
         raise UserError(f"model {path} cannot be loaded: {one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ()):
             raise UserError(f"model {path}: {len(problems)} {kind.replace('_', ' ')}, the first is {problems[0]}")
     return model.eval()
 
 
-def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer beside the model at `path`. Raises UserError when there is none."""
-    import swiftkv_models  # noqa: F401  (AutoTokenizer reads the config too)
     from transformers import AutoTokenizer
+
+    import swiftkv_models  # noqa: F401  (AutoTokenizer reads the config too)
 
     _check_present(path)
     try:

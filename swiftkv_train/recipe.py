@@ -27,7 +27,9 @@ class RecipeLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} is given twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -47,7 +49,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     base: str = Field(min_length=1, description="Local directory or hub id of the base model.")
     revision: str | None = Field(None, description="Revision of a hub id.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Compute dtype of the frozen base.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Compute dtype of the frozen base."
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
 
 
@@ -73,12 +77,18 @@ class Source(Section):
     """One stream of documents: prose or chats."""
 
     name: str = Field(description="Name in logs, metrics and reports.")
-    path: str | None = Field(None, description="File, directory or glob: .txt, .md, .json, .jsonl (also .gz) or .parquet.")
+    path: str | None = Field(
+        None, description="File, directory or glob: .txt, .md, .json, .jsonl (also .gz) or .parquet."
+    )
     dataset: str | None = Field(None, description="Hugging Face dataset name instead of `path`.")
     subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
-    field: str | None = Field(None, description="Column that holds plain text, or the messages. Found by itself when left out.")
-    kind: Literal["auto", "text", "chat"] = Field("auto", description="`text`: loss on all tokens; `chat`: on assistant tokens.")
+    field: str | None = Field(
+        None, description="Column that holds plain text, or the messages. Found by itself when left out."
+    )
+    kind: Literal["auto", "text", "chat"] = Field(
+        "auto", description="`text`: loss on all tokens; `chat`: on assistant tokens."
+    )
     weight: float = Field(1.0, gt=0, description="Share of the training tokens, relative to the other sources.")
     max_documents: int | None = Field(None, ge=1, description="Read only the first documents.")
 
@@ -93,7 +103,9 @@ class DataSection(Section):
     sequence_length: int = Field(512, ge=8, description="Tokens per packed sequence.")
     train: list[Source] = Field(min_length=1, description="Sources mixed by weight for training and calibration.")
     held_out: list[Source] = Field(default_factory=list, description="Sources evaluated on, never trained on.")
-    cache_dir: str = Field("outputs/token-cache", min_length=1, description="Where tokenised sources are kept, by content hash.")
+    cache_dir: str = Field(
+        "outputs/token-cache", min_length=1, description="Where tokenised sources are kept, by content hash."
+    )
     seed: int = Field(0, ge=0, description="Seed of the order of documents and sequences.")
 
     @field_validator("train", "held_out")
@@ -107,7 +119,9 @@ class DataSection(Section):
 
 
 class LossSection(Section):
-    temperature: float = Field(2.0, gt=0, description="Temperature of the KL divergence (the loss is scaled by its square).")
+    temperature: float = Field(
+        2.0, gt=0, description="Temperature of the KL divergence (the loss is scaled by its square)."
+    )
     hidden_mse: float = Field(0.0, ge=0, description="Weight of the MSE between the states that enter the last layer.")
 
 
@@ -125,7 +139,9 @@ class TrainingSection(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end or when stopped.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
-    evaluate_every: int = Field(0, ge=0, description="Steps between held-out evaluations; 0: only at the start and end.")
+    evaluate_every: int = Field(
+        0, ge=0, description="Steps between held-out evaluations; 0: only at the start and end."
+    )
     evaluate_tokens: int = Field(8192, ge=1, description="Held-out tokens per source and evaluation during training.")
     log_every: int = Field(1, ge=1)
 
@@ -203,10 +219,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = content
     for depth, name in enumerate(parents):
-        if isinstance(node, list):
-            node = _list_item(node, name, key)
-        else:
-            node = node.setdefault(name, {})
+        node = _list_item(node, name, key) if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
     try:

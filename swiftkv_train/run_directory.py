@@ -141,7 +141,9 @@ class RunDirectory:
     def last_checkpoint(self) -> Checkpoint:
         found = self.checkpoints()
         if not found:
-            raise UserError(f"run {self.path} holds no checkpoint yet; `swiftkv distill` writes one when it ends or is stopped")
+            raise UserError(
+                f"run {self.path} holds no checkpoint yet; `swiftkv distill` writes one when it ends or is stopped"
+            )
         return found[-1]
 
     def save_checkpoint(
@@ -160,7 +162,9 @@ class RunDirectory:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, temporary / WEIGHTS)
-            save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer_state.items()}, temporary / MOMENTS)
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in optimizer_state.items()}, temporary / MOMENTS
+            )
             (temporary / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
             publish_directory(temporary, final)
         except (OSError, SafetensorError) as error:
@@ -193,7 +197,9 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is damaged ({one_line(error)}); remove its directory to use the checkpoint before") from None
+        raise UserError(
+            f"{file} is damaged ({one_line(error)}); remove its directory to use the checkpoint before"
+        ) from None
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tensor operations of SwiftKV training and inference. Needs torch; uses triton where it is present; knows no transformers."""
+"""Tensor operations of SwiftKV training and inference: torch and, where present, triton; nothing of transformers."""
 
 from swiftkv_kernels.causal_attention import causal_attention, causal_attention_backend, causal_attention_reference
 from swiftkv_kernels.distillation_kl import distillation_kl, distillation_kl_backend, distillation_kl_reference

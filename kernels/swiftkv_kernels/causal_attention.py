@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def _blocks(
 @contextmanager
 def _half_precision_products(dtype: torch.dtype) -> Iterator[None]:
     """fp32 products of tensors that hold bf16 values may run on the bf16 units: nothing is rounded, sums stay fp32."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
     before = getattr(settings, "fp32_precision", None)
     if dtype != torch.bfloat16 or before is None:
         yield
@@ -160,6 +161,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) ->
         raise ValueError(f"query must be [B, H, T, C] and key and value [B, G, T, C], not {shapes}")
     batch, heads, length, size = query.shape
     if key.shape[::2] != (batch, length) or key.shape[3] != size or key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"query must be [B, H, T, C] and key and value [B, G, T, C] with H a multiple of G, not {shapes}")
+        raise ValueError(
+            f"query must be [B, H, T, C] and key and value [B, G, T, C] with H a multiple of G, not {shapes}"
+        )
     if allowed is not None and (allowed.dtype != torch.bool or allowed.shape != (batch, 1, length, length)):
-        raise ValueError(f"allowed must be bool {(batch, 1, length, length)}, not {allowed.dtype} {tuple(allowed.shape)}")
+        raise ValueError(
+            f"allowed must be bool {(batch, 1, length, length)}, not {allowed.dtype} {tuple(allowed.shape)}"
+        )

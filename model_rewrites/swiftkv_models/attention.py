@@ -1,4 +1,4 @@
-"""`swiftkv_kernels.causal_attention` as an attention implementation of transformers, for training and scoring on CPU."""
+"""`swiftkv_kernels.causal_attention` as an attention implementation of transformers, for training on CPU."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class LlamaSwiftKVConfig(LlamaConfig):
 
     model_type = "llama_swiftkv"
 
-    num_key_value_layers: int | None = None  # l; None: all layers, which is the base model itself
+    num_key_value_layers: int = None  # type: ignore[assignment]  # l; left out: all layers, the base model itself
     key_value_group_size: int = 1  # g
     swiftkv: bool = True
     base_projections: bool = False
@@ -61,9 +61,9 @@ class LlamaSwiftKVConfig(LlamaConfig):
     def validate_architecture(self) -> None:
         super().validate_architecture()
         first, last = self.num_key_value_layers, self.num_hidden_layers
-        if first is not None and not 1 <= first <= last:
+        if not 1 <= first <= last:
             raise ValueError(f"num_key_value_layers is {first}; this model allows 1 to {last}")
-        largest = max(1, last - (first or last))
+        largest = max(1, last - first)
         if not 1 <= self.key_value_group_size <= largest:
             raise ValueError(f"key_value_group_size is {self.key_value_group_size}; this model allows 1 to {largest}")
 
@@ -78,7 +78,7 @@ class LlamaSwiftKVConfig(LlamaConfig):
         tail = self.num_hidden_layers - self.num_key_value_layers
         return self.num_key_value_layers + -(-tail // self.key_value_group_size)
 
-    # How transformers' caches learn that trailing entries store nothing: the first form up to 5.17, the second after it.
+    # How transformers' caches learn that trailing entries store nothing: up to 5.17 the first form, then the second.
     @property
     def num_kv_shared_layers(self) -> int:
         return self.num_hidden_layers - self.num_cached_layers
@@ -113,7 +113,7 @@ class LlamaSwiftKVAttention(LlamaAttention):
         if not config.base_projections:
             del self.q_proj, self.k_proj, self.v_proj
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,  # [B, K, D]
         position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos, sin [B, T, C]
@@ -123,7 +123,7 @@ class LlamaSwiftKVAttention(LlamaAttention):
         shared_key_values: SharedKeyValues | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if swiftkv_states is None:
+        if swiftkv_states is None or shared_key_values is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         if self.leader_idx == self.layer_idx:
             keys, values = self.project_key_values(swiftkv_states, position_embeddings)
@@ -206,7 +206,7 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         first_kept: int = 0,
@@ -227,7 +227,7 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        mask = create_causal_mask(**mask_arguments)
+        mask: Any = create_causal_mask(**mask_arguments)
         tail_mask = mask
         if first_kept > 0:
             if mask is None and length - first_kept > 1 and self.config._attn_implementation == "sdpa":
@@ -250,7 +250,7 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         )
 
     def run_tail(self, trunk: TrunkOutput, *, base: bool = False) -> TailOutput:
-        """Layers from l on and the final norm; `base` runs the base model's own (needs `base_projections`, no cache)."""
+        """Layers from l on and the final norm; `base` runs the base model's own (needs `base_projections`)."""
         hidden_states = trunk.hidden_states
         arguments: dict[str, Any] = {**trunk.kwargs, "position_embeddings": trunk.position_embeddings}
         if base:
@@ -288,7 +288,8 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         """As `LlamaModel.forward`; `last_hidden_state` holds the positions that `logits_to_keep` names (0: all)."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
+        length = inputs.shape[1]
         first_kept = first_kept_position(logits_to_keep, length)
         if self.config._attn_implementation == "flex_attention":
             first_kept = 0  # a BlockMask has no rows to select

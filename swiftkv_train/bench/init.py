@@ -13,7 +13,7 @@ from swiftkv_train.recipe import load_recipe
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
-    """Held-out figures of both starts on the same text (the recipe's held-out sources, `training.evaluate_tokens` each)."""
+    """Held-out figures of both starts on the same text (the recipe's held-out sources)."""
     if not load_recipe(recipe, overrides).data.held_out:
         raise UserError(f"recipe {recipe} names no data.held_out to measure on")
     found: dict[str, dict[str, Any]] = {}

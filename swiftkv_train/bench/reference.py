@@ -1,4 +1,4 @@
-"""A reference-style distillation step, to measure against: what Snowflake's ArcticTraining does per step, on any device.
+"""A reference-style distillation step, to measure against: what Snowflake's ArcticTraining does, on any device.
 
 Its step (projects/swiftkv/train.py): the teacher is a full forward of all layers that keeps every hidden state; the
 student is another full forward with gradient checkpointing on that keeps every hidden state; the loss is the mean over
@@ -21,7 +21,7 @@ TILE_BYTES = 2**30
 
 
 class ReferenceStep:
-    """Teacher and student share their frozen tensors, as in the reference, where one module is switched between both."""
+    """Teacher and student share their frozen tensors, as in the reference, where one module is both."""
 
     def __init__(self, teacher: LlamaForCausalLM, student: LlamaSwiftKVForCausalLM, temperature: float):
         self.teacher, self.student, self.temperature = teacher.eval(), student.train(), temperature

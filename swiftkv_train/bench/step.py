@@ -22,7 +22,7 @@ TEMPERATURE = 2.0
 
 
 def measure(model: str, batch_size: int, sequence_length: int, repeats: int) -> dict[str, Any]:
-    """Tokens per second of both (medians, taking turns in one process) and peak memory of each (in a process of its own).
+    """Tokens per second of both (medians, taking turns in one process) and peak memory (each in its own process).
 
     Both train the same tail of the same model (l = half of the layers) in its own dtype on the same random tokens, all
     of them with loss, and both take the same AdamW step.
@@ -54,8 +54,8 @@ def measure(model: str, batch_size: int, sequence_length: int, repeats: int) -> 
         "peak_memory_ratio": memory,
         "summary": [
             f"tokens/s     {rates['swiftkv_train']:,.0f} against {rates['reference']:,.0f}: x {ratio:.2f}",
-            f"peak memory  {peaks['swiftkv_train'] / 2**20:,.0f} MiB against {peaks['reference'] / 2**20:,.0f} MiB above "
-            f"the weights: x {memory:.2f}",
+            f"peak memory  {peaks['swiftkv_train'] / 2**20:,.0f} MiB against {peaks['reference'] / 2**20:,.0f} MiB "
+            f"above the weights: x {memory:.2f}",
         ],
     }
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swiftkv_train.data import held_out_batches, tokenize_source
 from swiftkv_train.errors import RunError, UserError
@@ -18,7 +17,7 @@ from swiftkv_train.evaluate.quality import source_quality
 from swiftkv_train.evaluate.report import write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
 from swiftkv_train.export.card import replace_figures
-from swiftkv_train.loading import load_model, load_tokenizer
+from swiftkv_train.loading import Model, Tokenizer, load_model, load_tokenizer
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import summarise
 from swiftkv_train.recipe import Recipe, Source
@@ -67,7 +66,7 @@ def evaluate(
             "give the base that the checkpoint was made from"
         )
     embeddings = [model.get_input_embeddings().weight for model in (student_model, base_model)]
-    if not torch.equal(*embeddings):
+    if not torch.equal(embeddings[0], embeddings[1]):
         raise UserError(f"{base} is not the model that {checkpoint} was made from: their embeddings differ")
     directory = Path(report_dir)
     try:
@@ -128,9 +127,9 @@ def evaluate(
 
 
 def side_by_side(
-    student: PreTrainedModel,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    student: Model,
+    base: Model,
+    tokenizer: Tokenizer,
     new_tokens: int,
     report: Reporter,
 ) -> list[dict[str, str]]:
@@ -147,7 +146,7 @@ def side_by_side(
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+def answer(model: Model, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> str:
     """The model's greedy answer, through the chat template where there is one."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -167,7 +166,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def environment(model: PreTrainedModel) -> dict[str, Any]:
+def environment(model: Model) -> dict[str, Any]:
     """What a measured number depends on."""
     import transformers
 

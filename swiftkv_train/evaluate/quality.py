@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from swiftkv_train.data import Batch
+from swiftkv_train.loading import Model
 from swiftkv_train.quality import Quality, summarise, token_measures
 
 ROWS = 256  # tokens whose logits [ROWS, vocabulary] exist at a time
@@ -28,9 +28,7 @@ class SourceQuality:
 
 
 @torch.no_grad()
-def source_quality(
-    student: PreTrainedModel, base: PreTrainedModel, batches: list[Batch], advance: Callable[[int], None]
-) -> SourceQuality:
+def source_quality(student: Model, base: Model, batches: list[Batch], advance: Callable[[int], None]) -> SourceQuality:
     """Compare two models that share a vocabulary over the loss positions of `batches` (at least one)."""
     measures, positions = [], []
     for batch in batches:

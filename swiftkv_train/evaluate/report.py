@@ -20,7 +20,8 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
 
 def quality_table(report: dict[str, Any]) -> str:
     lines = [
-        "| held-out text | kind trained on | tokens | KL | agreement | perplexity, base | perplexity, SwiftKV | ratio |",
+        "| held-out text | kind trained on | tokens | KL | agreement "
+        "| perplexity, base | perplexity, SwiftKV | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [*report["sources"].items()]
@@ -44,7 +45,8 @@ def speed_table(report: dict[str, Any]) -> str:
         )
     cache = report["cache_bytes_per_token"]
     lines.append(
-        f"| K/V bytes per token | {cache['base']:,.0f} | {cache['student']:,.0f} | {cache['student'] / cache['base']:.3f} |"
+        f"| K/V bytes per token | {cache['base']:,.0f} | {cache['student']:,.0f} "
+        f"| {cache['student'] / cache['base']:.3f} |"
     )
     return "\n".join(lines)
 
@@ -55,8 +57,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"# {report['checkpoint']} against {report['base']}",
         f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}, {environment['date']}.",
-        "## Quality\n\nKL(base || SwiftKV) in nats per token at temperature 1; agreement on the most likely next token; "
-        "tokens that no training saw.",
+        "## Quality\n\nKL(base || SwiftKV) in nats per token at temperature 1; agreement on the most likely next "
+        "token; tokens that no training saw.",
         quality_table(report),
         "![KL by source](quality.png)\n\n![KL by position in the document](position.png)",
         "## Speed and memory\n\nThrough `generate`, the models taking turns; medians.",
@@ -124,7 +126,9 @@ def plot_first_token(report: dict[str, Any], path: Path) -> None:
         (-0.2, "base_seconds", "base", BASE_COLOUR),
         (0.2, "student_seconds", "SwiftKV", STUDENT_COLOUR),
     ):
-        bars = axes.bar([place + offset for place in places], [row[key] * 1e3 for row in rows], 0.38, label=label, color=colour)
+        bars = axes.bar(
+            [place + offset for place in places], [row[key] * 1e3 for row in rows], 0.38, label=label, color=colour
+        )
         axes.bar_label(bars, fmt="%.0f")
     axes.set_xticks(list(places), [f"{row['prompt_tokens']} tokens\n(x {row['ratio']:.2f})" for row in rows])
     axes.set_ylabel("time to first token, ms")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+
+from swiftkv_train.loading import Model
 
 
 def synchronize(device: torch.device) -> None:
@@ -17,7 +18,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def seconds_to_first_token(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
+def seconds_to_first_token(model: Model, input_ids: torch.Tensor) -> float:
     """Wall-clock seconds of `generate` for one new token after `input_ids` [1, T]."""
     synchronize(model.device)
     started = time.perf_counter()
@@ -34,8 +35,8 @@ def seconds_to_first_token(model: PreTrainedModel, input_ids: torch.Tensor) -> f
 
 
 def time_to_first_token(
-    student: PreTrainedModel,
-    base: PreTrainedModel,
+    student: Model,
+    base: Model,
     prompt: torch.Tensor,
     lengths: list[int],
     repeats: int = 5,
@@ -69,7 +70,7 @@ def time_to_first_token(
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: PreTrainedModel, tokens: int = 32) -> float:
+def cache_bytes_per_token(model: Model, tokens: int = 32) -> float:
     """Bytes that the K/V cache really holds per token, read off a cache that `generate`'s default makes."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from swiftkv_models import LlamaSwiftKVForCausalLM
 
+from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.distill import build_model, load_trained
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export.bundle import bundle
@@ -31,8 +31,8 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     """Write the last checkpoint of a run as a checkpoint of format `hf` (see DESIGN in README) or `arctic`.
 
     `hf`: safetensors without the tail's unused base projections, the modelling code, tokenizer, chat template,
-    generation config and a model card. `arctic`: the layout that ArcticInference's plugin loads; it keeps the tail's own
-    q/k/v_proj and repeats a group leader's K/V in every member, and brings no code.
+    generation config and a model card. `arctic`: the layout that ArcticInference's plugin loads; it keeps the tail's
+    own q/k/v_proj and repeats a group leader's K/V in every member, and brings no code.
 
     Raises:
         UserError: no run or checkpoint there, `to` already exists, or the disk refuses to take it.

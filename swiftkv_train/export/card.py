@@ -52,7 +52,11 @@ Made with swiftkv-train; the whole recipe is in `swiftkv.json`. Method: SwiftKV,
 
 def figures_block(rows: list[tuple[str, float, float, float, float]]) -> str:
     """The table between two markers, so that a later evaluation can put its own in place."""
-    lines = [BEGIN, "| text | KL | agreement | perplexity, base | perplexity, this | ratio |", "|---|---|---|---|---|---|"]
+    lines = [
+        BEGIN,
+        "| text | KL | agreement | perplexity, base | perplexity, this | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, kl, agreement, base, student in rows:
         lines.append(f"| {name} | {kl:.3f} | {agreement:.1%} | {base:.2f} | {student:.2f} | {student / base:.3f} |")
     if not rows:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from swiftkv_models import LlamaSwiftKVForCausalLM
 
+from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.errors import RunError
 from swiftkv_train.loading import one_line
 
@@ -79,7 +79,8 @@ def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> f
     if not max(difference, prefill) <= tolerance:
         raise RunError(f"the exported checkpoint's logits differ by {max(difference, prefill):.2g} of their spread")
     config = model.config
-    per_layer = 2 * ids.numel() * config.num_key_value_heads * config.head_dim
+    leader = model.model.layers[config.num_key_value_layers].self_attn
+    per_layer = ids.numel() * (leader.k_proj_swiftkv.out_features + leader.v_proj_swiftkv.out_features)
     if int(found["stored"]) != per_layer * config.num_cached_layers:
         raise RunError("the exported checkpoint's cache does not hold one K/V per group")
     return max(difference, prefill)

@@ -1,4 +1,4 @@
-"""The model and the data named `debug`: a tiny random Llama and made-up text, built here in a second, nothing downloaded.
+"""The model and the data named `debug`: a tiny random Llama and made-up text, built on the spot; nothing is downloaded.
 
 The model says nothing of sense. It is for trying the commands and for finding mistakes: a whole run takes seconds.
 """

@@ -93,8 +93,9 @@ def _read_json(path: Path) -> Any:
 
 
 def _config(directory: Path) -> Any:
-    from swiftkv_models import FAMILIES
     from transformers import AutoConfig
+
+    from swiftkv_models import FAMILIES
 
     raw = _read_json(directory / "config.json")
     model_type = raw.get("model_type") if isinstance(raw, dict) else None

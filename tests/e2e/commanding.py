@@ -47,14 +47,12 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, **ENVIRONMENT, **changes}
 
 
-def start(
-    *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, **options: Any
-) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "swiftkv_train.cli", *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(**(env or {})),
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

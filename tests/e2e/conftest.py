@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from commanding import Result, run_here, run_process
-from debug_recipe import write_recipe
 
+from debug_recipe import write_recipe
 from swiftkv_train.fetch import fetch
 
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
-import swiftkv_models  # noqa: F401  (registers its model types)
 import torch
 from commanding import environment, run_here, run_process
-from debug_recipe import metrics, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import swiftkv_models  # noqa: F401  (registers its model types)
+from debug_recipe import metrics, write_recipe
 from swiftkv_train.run_directory import RunDirectory
 
 

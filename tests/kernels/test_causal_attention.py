@@ -15,7 +15,9 @@ def inputs(batch, heads, groups, length, size, dtype=torch.float64, scale=1.0, s
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, length, count, size) for count in (heads, groups, groups)]
     # As the projections leave them: [B, T, heads, C] seen as [B, heads, T, C], hence not contiguous.
-    return [(scale * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype).transpose(1, 2) for s in shapes]
+    return [
+        (scale * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype).transpose(1, 2) for s in shapes
+    ]
 
 
 def document_mask(lengths, batch):

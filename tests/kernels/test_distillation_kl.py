@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from swiftkv_kernels import distillation_kl, distillation_kl_backend, distillation_kl_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from swiftkv_kernels import distillation_kl, distillation_kl_backend, distillation_kl_reference
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 ROUNDOFF = {FP64: 2.0**-53, FP32: 2.0**-24, BF16: 2.0**-9, FP16: 2.0**-12}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 from transformers import DynamicCache, StaticCache
 
 from swiftkv_models import rewrite
+from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 
 EXACT = 1e-12  # fp64; only the order of sums may differ
 
@@ -111,9 +111,7 @@ def test_a_conversation_continues_from_its_cache(cache_kind):
 def test_prefill_in_chunks_equals_prefill_at_once():
     model, ids = swiftkv(), random_ids(2, 23)
     arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    assert torch.equal(
-        model.generate(ids, prefill_chunk_size=6, **arguments), model.generate(ids, **arguments)
-    )
+    assert torch.equal(model.generate(ids, prefill_chunk_size=6, **arguments), model.generate(ids, **arguments))
 
 
 def test_beam_search_and_sampling_equal_their_uncached_selves():

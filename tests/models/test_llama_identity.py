@@ -3,9 +3,9 @@
 import pytest
 import torch
 from naive_swiftkv import naive_logits
-from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 
 from swiftkv_models import rewrite
+from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 
 # fp64 throughout. transformers computes the RoPE angles and norms in fp32, which bounds agreement with an fp64 oracle.
 EXACT, FP32_ANGLES = 1e-12, 2e-4

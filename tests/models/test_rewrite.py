@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from swiftkv_models import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, RewriteError, rewrite
+from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 
 
 def test_copied_start_is_the_mean_of_the_group():

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import swiftkv_models
 import torch
 from serving import config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import swiftkv_models
 from swiftkv_train.errors import UserError
 from swiftkv_train.serve import load_model_and_tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from debug_recipe import write_recipe
 
+from debug_recipe import write_recipe
 from swiftkv_train.fetch import fetch
 from swiftkv_train.recipe import Recipe, load_recipe
 

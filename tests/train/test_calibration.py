@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from swiftkv_models import rewrite
-from tiny import random_ids, tiny_llama
 
+from swiftkv_models import rewrite
 from swiftkv_train.calibrate import accumulate_moments, solve
 from swiftkv_train.data import Batch
+from tiny import random_ids, tiny_llama
 
 FIRST, PAD = 2, 0
 
@@ -47,7 +47,7 @@ def inputs_and_targets(base, batches):
 
 
 def ridge_by_least_squares(inputs, targets, ridge, bias):
-    """argmin |X W - Y|^2 + r |W|^2 with r = ridge x mean of the diagonal of X'X, as one stacked lstsq; the bias is free."""
+    """argmin |X W - Y|^2 + r |W|^2 with r = ridge x mean of the diagonal of X'X, as one stacked lstsq; bias is free."""
     width = inputs.shape[1]
     strength = ridge * (inputs**2).sum(0).mean()
     penalty = np.sqrt(strength) * np.eye(width)
@@ -95,8 +95,8 @@ def test_equals_least_squares_on_the_real_tokens(family, group, batches):
 
 @pytest.mark.parametrize("family", ["smollm2", "bias"])
 def test_recovers_an_exactly_linear_tail_and_with_it_the_base(family, batches):
-    # Tail layers that add nothing leave h_l as every layer's input, so each K and V is a linear map of norm_swiftkv(h_l):
-    # the layer's own projection times the ratio of the two norms' weights. Only the last layer's output differs from h_l.
+    # Tail layers that add nothing leave h_l as every layer's input, so each K and V is linear in norm_swiftkv(h_l): the
+    # layer's own projection times the ratio of the two norms' weights. Only the last layer's output differs from h_l.
     base = tiny_llama(family)
     with torch.no_grad():
         for layer in base.model.layers[FIRST:-1]:

@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from debug_recipe import DEBUG_RECIPE
 
+from debug_recipe import DEBUG_RECIPE
 from swiftkv_train.errors import UserError
 from swiftkv_train.recipe import load_recipe, parse_recipe
 

@@ -113,7 +113,7 @@ def test_a_disk_that_refuses_leaves_the_earlier_checkpoint(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("swiftkv_train.run_directory.save_file", full)
-    with pytest.raises(RunError, match="step-000002 cannot be written: .*No space left"):
+    with pytest.raises(RunError, match=r"step-000002 cannot be written: .*No space left"):
         save(run, 2)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000001"]
 
