@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -109,7 +110,9 @@ class _Steps:
 
 def _peak_in_own_process(model: str, batch_size: int, sequence_length: int, name: str) -> int:
     command = [sys.executable, "-m", "swiftkv_train.bench.step", model, str(batch_size), str(sequence_length), name]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Every tensor a mapping of its own, given back when it dies: resident memory is then what is alive.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **allocator})
     if result.returncode != 0:
         raise RunError(f"measuring the peak of {name} failed: {result.stderr.strip().splitlines()[-1:]}")
     return json.loads(result.stdout.strip().splitlines()[-1])
@@ -118,7 +121,11 @@ def _peak_in_own_process(model: str, batch_size: int, sequence_length: int, name
 def _print_peak() -> None:
     path, batch_size, sequence_length, name = sys.argv[1:]
     steps = _Steps(path, int(batch_size), int(sequence_length))
-    # AdamW's moments are made by the first step; the same for both, they are not what is compared.
+    # AdamW's moments are made by the first step, and weights are read from their file when first used: the same for
+    # both, they are not what is compared.
+    checksum = sum(float(parameter.sum()) for parameter in steps.model.parameters())
+    if checksum != checksum:
+        raise RunError(f"{path} holds weights that are not numbers")
     for parameter in steps.optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
     steps.optimizer.step()

