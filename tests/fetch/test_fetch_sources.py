@@ -304,7 +304,7 @@ def test_a_hub_model_of_another_family_is_refused(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["./missing", "/nowhere/at/all", "smollm3", "a/b/c"])
 def test_an_unknown_source_is_refused(tmp_path, source):
-    with pytest.raises(UserError, match="smollm2-135m, a model directory"):
+    with pytest.raises(UserError, match="smollm2-135m, debug, a model directory"):
         fetch(source, tmp_path / "out", report=quiet)
 
 

@@ -168,3 +168,45 @@ def test_another_source_or_version_is_refused(tmp_path, source, version):
     make(tmp_path / "out")
     with pytest.raises(UserError, match=r"already holds here \(1\)"):
         already_there(tmp_path / "out", source, version)
+
+
+def replace(final, meanwhile=lambda final: None):
+    assert not already_there(final, "here", "2", ("1",))
+    with staged(final, lambda: not already_there(final, "here", "2", ("1",))) as stage:
+        (stage / "a").write_text("new")
+        write_provenance(stage, "here", "2")
+        meanwhile(final)
+
+
+def test_an_earlier_version_is_replaced(tmp_path):
+    make(tmp_path / "out")
+    replace(tmp_path / "out")
+    assert left_in(tmp_path) == ["out"]
+    assert left_in(tmp_path / "out") == ["a", "fetch.json"]
+    assert already_there(tmp_path / "out", "here", "2", ("1",))
+
+
+def add(out):
+    (out / "deep/mine").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(change, "out/a was changed"), (add, "earlier version of here, with deep/mine besides")]
+)
+def test_what_a_user_did_to_an_earlier_version_is_kept(tmp_path, damage, message):
+    make(tmp_path / "out")
+    before = {path: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=message):
+        replace(tmp_path / "out", meanwhile=damage)
+    with pytest.raises(UserError, match=message):
+        already_there(tmp_path / "out", "here", "2", ("1",))
+    assert left_in(tmp_path) == ["out"]
+    after = {path: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(before.items() ^ after.items()) in (1, 2)  # what the user did and no more
+
+
+def test_a_link_to_an_earlier_version_is_not_replaced(tmp_path):
+    make(tmp_path / "elsewhere")
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        already_there(tmp_path / "out", "here", "2", ("1",))
