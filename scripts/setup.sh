@@ -22,10 +22,10 @@ if [ ! -x .venv/bin/python ]; then
         exit 2
     }
 fi
-echo "setting up .venv ($extras) ..." >&2
+echo "setting up .venv ($extras); a minute or more, by your connection ..." >&2
 # DeepSpeed would otherwise try to compile its operators.
 export DS_BUILD_OPS=0
 # torch first and by its pinned version: asked for through another package, it would bring gigabytes of CUDA.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+.venv/bin/python -m pip install -qq --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
+.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$extras]"
 echo "$wanted" >"$stamp"

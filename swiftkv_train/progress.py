@@ -87,7 +87,8 @@ class Reporter:
             )
 
     def fits(self, fits: list[LayerFit]) -> None:
-        table = Table(title="calibrated K/V: R² of the fit per tail layer", title_justify="left")
+        self.line("calibrated  R² of the fit of every tail layer's keys and values:")
+        table = Table()
         table.add_column("layer", justify="right")
         table.add_column("keys", justify="right")
         table.add_column("values", justify="right")

@@ -37,7 +37,7 @@ def evaluate(
     base: str,
     report_dir: str | Path,
     data: list[str] | None = None,
-    tokens: int = 16_384,
+    tokens: int = 8_192,
     prompt_lengths: tuple[int, ...] = (512, 2048),
     new_tokens: int = 64,
     gates: list[str] | None = None,
