@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,25 @@ from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.recipe import load_recipe
+
+
+def _together(sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures over the tokens of all sources."""
+    total = sum(row["tokens"] for row in sources.values())
+
+    def mean(figure: Callable[[dict[str, Any]], float]) -> float:
+        return sum(row["tokens"] * figure(row) for row in sources.values()) / total
+
+    base = math.exp(mean(lambda row: math.log(row["base_perplexity"])))
+    student = math.exp(mean(lambda row: math.log(row["student_perplexity"])))
+    return {
+        "tokens": total,
+        "kl": mean(lambda row: row["kl"]),
+        "agreement": mean(lambda row: row["agreement"]),
+        "base_perplexity": base,
+        "student_perplexity": student,
+        "perplexity_ratio": student / base,
+    }
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
@@ -24,6 +45,7 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
             distillation = Distillation(load_recipe(recipe, changes))
             distillation.prepare()
             found[init] = {name: quality.to_dict() for name, quality in distillation.evaluate().items()}
+            found[init]["all together"] = _together(found[init])
     settings = distillation.recipe
     rows = {
         name: {
