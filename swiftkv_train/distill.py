@@ -11,23 +11,32 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from swiftkv_kernels import distillation_kl
-from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM, RewriteError, rewrite
+from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.loading import load_model, load_tokenizer
+from swiftkv_train.loading import load_tokenizer
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, summarise, token_measures
-from swiftkv_train.recipe import LossSection, Recipe, TrainingSection, load_recipe
-from swiftkv_train.run_directory import RunDirectory
+from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
+from swiftkv_train.run_directory import RunDirectory, optimizer_tensors, restore_optimizer
+from swiftkv_train.stopping import Stop
+from swiftkv_train.student import (
+    build_model,
+    load_exported_tail,
+    load_trained,
+    trainable_parameters,
+    use_training_attention,
+)
+from swiftkv_train.tracking import wandb_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,65 +88,6 @@ class DistillationModule(nn.Module):
         return torch.cat(rows) if rows else torch.empty(0, 4, device=mask.device)
 
 
-def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
-    """The base of a recipe in SwiftKV form, weights of the tail as `rewrite` leaves them."""
-    base = load_model(
-        recipe.model.base,
-        dtype=recipe.model.dtype,
-        attention=recipe.model.attention,
-        revision=recipe.model.revision,
-        families=("llama",),
-    )
-    length, context = recipe.data.sequence_length, base.config.max_position_embeddings
-    if length > context:
-        raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")
-    first, layers = recipe.rewrite.num_key_value_layers, base.config.num_hidden_layers
-    if first == layers:
-        raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
-    try:
-        return rewrite(
-            base,
-            num_key_value_layers=recipe.rewrite.num_key_value_layers,
-            key_value_group_size=recipe.rewrite.key_value_group_size,
-        )
-    except RewriteError as error:
-        raise UserError(f"rewrite: {error}") from None
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv" in name}
-
-
-def use_training_attention(model: LlamaSwiftKVForCausalLM) -> None:
-    """Where torch's own attention is slow for whole sequences (CPU), take the kernels' instead."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(PACKED_CAUSAL)
-
-
-def load_trained(model: LlamaSwiftKVForCausalLM, weights: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Put trained tensors into `model`. Raises UserError unless they are exactly its `*_swiftkv` tensors."""
-    parameters = trainable_parameters(model)
-    if odd := sorted(weights.keys() ^ parameters.keys()):
-        raise UserError(f"{origin} does not fit this rewrite: {odd[0]} is on one side only")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
-                raise UserError(f"{origin}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}")
-            parameter.copy_(weights[name])
-
-
-def load_exported_tail(model: LlamaSwiftKVForCausalLM, path: str) -> None:
-    """Continue from an exported checkpoint (`init: checkpoint`)."""
-    exported = load_model(path, dtype="float32", families=("llama_swiftkv",))
-    for name in ("num_key_value_layers", "key_value_group_size"):
-        if getattr(exported.config, name) != getattr(model.config, name):
-            raise UserError(
-                f"rewrite.init_from {path} has {name}={getattr(exported.config, name)}, "
-                f"the recipe says {getattr(model.config, name)}"
-            )
-    load_trained(model, trainable_parameters(exported), f"rewrite.init_from {path}")
-
-
 def learning_rate(training: TrainingSection, step: int) -> float:
     """Linear warm-up, then a cosine from the peak to `final_learning_rate` of it. `step` counts from 0."""
     warmup = math.ceil(training.warmup * training.steps)
@@ -173,32 +123,6 @@ def calibrate(
             f"calibration: {int(moments.tokens)} tokens do not determine the fit at ridge "
             f"{recipe.calibration.ridge}; raise calibration.tokens or calibration.ridge"
         ) from None
-
-
-class Stop:
-    """Set by SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[Stop]:
-        def note(number: int, _frame: Any) -> None:
-            if self.signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop: all leave at the same step."""
-        asked = torch.tensor([float(self.signal is not None)], device=accelerator.device)
-        return bool(accelerator.reduce(asked, reduction="sum").item())
 
 
 class Distillation:
@@ -393,7 +317,10 @@ class Distillation:
     def train(self, *, calibrate_only: bool = False) -> int:
         """Run to the last step. Returns the exit status: 0, or 130 when stopped with Ctrl-C."""
         training = self.recipe.training
-        with Stop().watching() as stop, wandb_run(self) as self.tracker:
+        with (
+            Stop().watching() as stop,
+            wandb_run(self.recipe, self.run.path, enabled=self.accelerator.is_main_process) as self.tracker,
+        ):
             self.prepare()
             if not self.resume:
                 self.log_quality()
@@ -435,52 +362,9 @@ class Distillation:
         return None
 
 
-def optimizer_tensors(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """AdamW's state as flat tensors named `PARAMETER:KEY`."""
-    state = optimizer.state
-    return {f"{name}:{key}": value for name, p in parameters.items() for key, value in state.get(p, {}).items()}
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]
-) -> None:
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition(":")
-        parameter = parameters[name]
-        # `step` is a scalar that AdamW keeps on the CPU.
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
-
-
-@contextmanager
-def wandb_run(distillation: Distillation) -> Iterator[Any]:
-    section = distillation.recipe.logging.wandb
-    if section is None or not distillation.accelerator.is_main_process:
-        yield None
-        return
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("logging.wandb needs wandb: pip install 'swiftkv-train[wandb]'") from None
-    tracker = wandb.init(
-        project=section.project,
-        name=section.name,
-        mode=section.mode,
-        dir=str(distillation.run.path),
-        config=distillation.recipe.model_dump(mode="json"),
-    )
-    try:
-        yield tracker
-    finally:
-        tracker.finish()
-
-
 def distill(recipe: Recipe, *, resume: bool = False, calibrate_only: bool = False, quiet: bool = False) -> int:
     """Run a recipe; returns the exit status. Raises UserError and RunError (see `swiftkv_train.errors`)."""
     return Distillation(recipe, resume=resume, quiet=quiet).train(calibrate_only=calibrate_only)
-
-
-def main(recipe: str, overrides: list[str], resume: bool = False) -> int:
-    return distill(load_recipe(recipe, overrides), resume=resume)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.loading import one_line
@@ -173,6 +174,22 @@ class RunDirectory:
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old.path, ignore_errors=True)
         return Checkpoint(final, progress["step"], progress)
+
+
+def optimizer_tensors(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """AdamW's state as flat tensors named `PARAMETER:KEY`."""
+    state = optimizer.state
+    return {f"{name}:{key}": value for name, p in parameters.items() for key, value in state.get(p, {}).items()}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]
+) -> None:
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(":")
+        parameter = parameters[name]
+        # `step` is a scalar that AdamW keeps on the CPU.
+        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

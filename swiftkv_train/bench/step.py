@@ -14,10 +14,11 @@ import torch
 
 from swiftkv_train.bench.memory import peak_memory
 from swiftkv_train.bench.reference import ReferenceStep
-from swiftkv_train.distill import DistillationModule, trainable_parameters, use_training_attention
+from swiftkv_train.distill import DistillationModule
 from swiftkv_train.errors import RunError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import synchronize
+from swiftkv_train.student import trainable_parameters, use_training_attention
 
 TEMPERATURE = 2.0
 

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from debug_recipe import comparable, metrics
 from swiftkv_models import rewrite
 from swiftkv_train.data import Batch
-from swiftkv_train.distill import Distillation, DistillationModule, distill, learning_rate, trainable_parameters
+from swiftkv_train.distill import Distillation, DistillationModule, distill, learning_rate
 from swiftkv_train.errors import UserError
 from swiftkv_train.quality import token_measures
 from swiftkv_train.recipe import LossSection, TrainingSection
 from swiftkv_train.run_directory import RunDirectory
+from swiftkv_train.student import trainable_parameters
 from tiny import random_ids, randomise_tail, tiny_llama
 
 LENGTH = 24
