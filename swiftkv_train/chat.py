@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_model, load_tokenizer, one_line
+from swiftkv_train.loading import load_model, load_tokenizer, one_line, pad_token_id
 
 
 def chat(
@@ -68,7 +68,7 @@ def chat(
                 past_key_values=cache,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                pad_token_id=pad_token_id(tokenizer),
                 **sampling,
             )
             known = output[0, : cache.get_seq_length()].cpu()

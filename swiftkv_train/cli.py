@@ -115,7 +115,7 @@ def evaluate(
     base: Annotated[str, typer.Option(help="The model it was made from.")],
     report: Annotated[Path, typer.Option(help="Directory for report.json, report.md and plots.")],
     data: Annotated[Optional[list[str]], typer.Option(help="Held-out NAME=PATH; default: the recipe's.")] = None,  # noqa: UP045
-    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens per source.")] = 8_192,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens per source.")] = 16_384,
     gate: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it."),

@@ -23,7 +23,7 @@ from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.loading import load_tokenizer
+from swiftkv_train.loading import load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, summarise, token_measures
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
@@ -175,7 +175,7 @@ class Distillation:
         report.line(f"base        {recipe.model.base}")
         model = build_model(recipe)
         tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        pad = pad_token_id(tokenizer)
         vocabulary = model.config.vocab_size
         with accelerator.main_process_first():
             self.data = load_training_data(recipe.data, tokenizer, vocabulary, pad, progress=report.tokenising)

@@ -88,6 +88,12 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Tokenizer:
         raise UserError(f"model {path}: tokenizer cannot be read: {one_line(error)}") from None
 
 
+def pad_token_id(tokenizer: Tokenizer) -> int:
+    """The id that fills up a batch: the tokenizer's own, or the end token where it names none."""
+    own = tokenizer.pad_token_id
+    return own if own is not None else tokenizer.eos_token_id or 0
+
+
 def check_weight_files(directory: Path) -> None:
     """Open every safetensors file of a local directory, so that a truncated one is named (UserError)."""
     if not directory.is_dir():

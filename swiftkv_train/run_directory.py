@@ -7,7 +7,6 @@ It is written under a temporary name, flushed to disk and renamed, so a name tha
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from swiftkv_train.durable import publish_directory
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.loading import one_line
 from swiftkv_train.recipe import Recipe, load_recipe
@@ -190,24 +190,6 @@ def restore_optimizer(
         parameter = parameters[name]
         # `step` is a scalar that AdamW keeps on the CPU.
         optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
-
-
-def publish_directory(temporary: Path, final: Path) -> None:
-    """Flush every file of `temporary` to disk and give the directory its final name (replacing an older one there)."""
-    for path in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
-    parent = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_model
+from swiftkv_train.loading import Model, load_model
 from swiftkv_train.recipe import Recipe
 
 
@@ -42,10 +43,23 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv" in name}
 
 
-def use_training_attention(model: LlamaSwiftKVForCausalLM) -> None:
+def use_training_attention(model: Model) -> None:
     """Where torch's own attention is slow for whole sequences (CPU), take the kernels' instead."""
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(PACKED_CAUSAL)
+
+
+@contextmanager
+def training_attention(*models: Model) -> Iterator[None]:
+    """`use_training_attention` for a while: for scoring whole sequences."""
+    before = [model.config._attn_implementation for model in models]
+    for model in models:
+        use_training_attention(model)
+    try:
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_attn_implementation(implementation)
 
 
 def load_trained(model: LlamaSwiftKVForCausalLM, weights: Mapping[str, torch.Tensor], origin: str) -> None:

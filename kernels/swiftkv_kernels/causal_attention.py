@@ -112,6 +112,8 @@ def _blocks(
     dtype = torch.promote_types(rows.dtype, torch.float32)
     transposed = keys.to(dtype).transpose(1, 2)
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=rows.device).triu(1)
+    # A row that sees itself sees something; only others need the pass over all weights that takes out 0 / 0.
+    some_see_nothing = allowed is not None and not bool(allowed.diagonal(dim1=2, dim2=3).all())
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         size = end - start
@@ -119,12 +121,15 @@ def _blocks(
         with _half_precision_products(rows.dtype):
             scores = torch.bmm(rows[:, part].to(dtype), transposed[:, :, :end]).mul_(scaling)
         by_position = scores.view(batch, groups, size, ratio, end)
-        by_position[..., start:].masked_fill_(future[:size, None, :size], float("-inf"))
         if allowed is None:
-            weights = torch.softmax(scores, dim=-1)
+            by_position[..., start:].masked_fill_(future[:size, None, :size], float("-inf"))
         else:
-            by_position.masked_fill_(~allowed[:, :, start:end, None, :end], float("-inf"))
-            weights = torch.softmax(scores, dim=-1).nan_to_num_(0.0)
+            hidden = ~allowed[:, :, start:end, :end]
+            hidden[..., start:] |= future[:size, :size]
+            by_position.masked_fill_(hidden.unsqueeze(3), float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        if some_see_nothing:
+            weights.nan_to_num_(0.0)
         yield part, end, weights.to(rows.dtype)
 
 

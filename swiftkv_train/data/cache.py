@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from swiftkv_train.data.files import fsync_directory, sha256_of_file
+from swiftkv_train.data.files import sha256_of_file
 from swiftkv_train.data.sources import SkippedRows, content_key, open_dataset, read_documents
 from swiftkv_train.data.tokenize import check_vocabulary, tokenize_documents, tokenizer_fingerprint
+from swiftkv_train.durable import sync
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.recipe import Source
 
@@ -216,7 +217,7 @@ def _write_entry(
         json.dump(meta, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    fsync_directory(directory)
+    sync(directory)
 
 
 class _HashedFile:
@@ -253,7 +254,7 @@ def _publish(temporary: Path, entry: Path) -> None:
         with suppress(FileNotFoundError):  # Another process may just have moved it away as well.
             entry.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
-    fsync_directory(entry.parent)
+    sync(entry.parent)
 
 
 def _remove_stale(cache_dir: Path) -> None:

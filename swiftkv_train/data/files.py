@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from swiftkv_train.errors import UserError
@@ -20,12 +19,3 @@ def sha256_of_file(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()
-
-
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

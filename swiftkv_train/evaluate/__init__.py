@@ -17,10 +17,11 @@ from swiftkv_train.evaluate.quality import source_quality
 from swiftkv_train.evaluate.report import write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
 from swiftkv_train.export.card import replace_figures
-from swiftkv_train.loading import Model, Tokenizer, load_model, load_tokenizer
+from swiftkv_train.loading import Model, Tokenizer, load_model, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import summarise
 from swiftkv_train.recipe import Recipe, Source
+from swiftkv_train.student import training_attention
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -37,7 +38,7 @@ def evaluate(
     base: str,
     report_dir: str | Path,
     data: list[str] | None = None,
-    tokens: int = 8_192,
+    tokens: int = 16_384,
     prompt_lengths: tuple[int, ...] = (512, 2048),
     new_tokens: int = 64,
     gates: list[str] | None = None,
@@ -86,7 +87,7 @@ def evaluate(
     trained_kinds = {source.name for source in recipe.data.train} if recipe else set()
     length = recipe.data.sequence_length if recipe else 512
     cache_dir = recipe.data.cache_dir if recipe else "outputs/token-cache"
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = pad_token_id(tokenizer)
 
     figures: dict[str, Any] = {}
     pooled = []
@@ -94,7 +95,10 @@ def evaluate(
         tokenized = tokenize_source(source, tokenizer, vocab_size=vocabularies[0], cache_dir=cache_dir)
         batches = held_out_batches(tokenized, length, tokens, 4, pad)
         total = sum(batch.input_ids.numel() for batch in batches)
-        with report.bar(f"quality {source.name}", total, "tokens") as advance:
+        with (
+            report.bar(f"quality {source.name}", total, "tokens") as advance,
+            training_attention(student_model, base_model),
+        ):
             quality = source_quality(student_model, base_model, batches, advance)
         figures[source.name] = {**quality.to_dict(), "kind_trained_on": source.name in trained_kinds}
         if source.name in trained_kinds:
@@ -161,7 +165,7 @@ def answer(model: Model, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> 
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=pad_token_id(tokenizer),
     )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 

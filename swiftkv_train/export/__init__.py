@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 
 from swiftkv_models import LlamaSwiftKVForCausalLM
+from swiftkv_train.durable import publish_directory
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export.bundle import bundle
 from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_in_clean_process
 from swiftkv_train.loading import load_tokenizer, one_line
-from swiftkv_train.run_directory import RunDirectory, publish_directory
+from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.student import build_model, load_trained
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from swiftkv_train.durable import sync, sync_tree
 from swiftkv_train.errors import RunError, UserError
 
 PROVENANCE = "fetch.json"
@@ -106,11 +107,11 @@ def staged(final: Path, replaceable: Callable[[], bool] | None = None) -> Iterat
             _remove_dead_partials(final)
             stage.mkdir()
             yield stage
-            _sync_tree(stage)
+            sync_tree(stage)
             if replaceable and final.exists() and replaceable():
                 os.rename(final, replaced)
             os.rename(stage, final)  # replaces an empty directory, fails on one that was filled meanwhile
-            _sync(final.parent)
+            sync(final.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -133,19 +134,6 @@ def _alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         pass
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        _sync(path)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,30 @@
+"""Files that survive a crash: flushed to disk before they get their name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Flush `temporary` to disk and give it its final name, in place of an older directory there."""
+    sync_tree(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.replace(final)
+    sync(final.parent)
