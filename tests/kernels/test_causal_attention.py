@@ -7,7 +7,7 @@ from torch.nn import functional
 from swiftkv_kernels import causal_attention, causal_attention_backend, causal_attention_reference
 from swiftkv_kernels.causal_attention import BLOCK
 
-# Relative to the largest value (or 1): fp64 and fp32 by their own sums; bf16 and fp16 round weights and outputs once each.
+# Relative to the largest value (or 1): fp64 and fp32 by their own sums; bf16 and fp16 round weights and outputs once.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
