@@ -18,10 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swiftkv_train.checksum import sha256_of
 from swiftkv_train.errors import UserError
 from swiftkv_train.fetch.hub import HUB_ID, snapshot
 from swiftkv_train.fetch.packages import Member, download, extract
-from swiftkv_train.fetch.staging import already_there, sha256_of, staged, write_provenance
+from swiftkv_train.fetch.staging import already_there, staged, write_provenance
 
 __all__ = ["CATALOGUE", "DATA_DIRECTORIES", "CatalogueEntry", "fetch"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -18,18 +17,11 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from swiftkv_train.checksum import sha256_of
 from swiftkv_train.durable import sync, sync_tree
 from swiftkv_train.errors import RunError, UserError
 
 PROVENANCE = "fetch.json"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def already_there(directory: Path, source: str, version: str, earlier: Collection[str] = ()) -> bool:
