@@ -102,13 +102,19 @@ class Source(Section):
 class DataSection(Section):
     sequence_length: int = Field(512, ge=8, description="Tokens per packed sequence.")
     train: list[Source] = Field(min_length=1, description="Sources mixed by weight for training and calibration.")
-    held_out: list[Source] = Field(default_factory=list, description="Sources evaluated on, never trained on.")
+    held_out: list[Source] = Field(
+        default_factory=list, description="Sources watched during training, to choose settings by; never trained on."
+    )
+    test: list[Source] = Field(
+        default_factory=list,
+        description="Sources that `swiftkv evaluate` measures on and nothing was chosen by; left out: `held_out`.",
+    )
     cache_dir: str = Field(
         "outputs/token-cache", min_length=1, description="Where tokenised sources are kept, by content hash."
     )
     seed: int = Field(0, ge=0, description="Seed of the order of documents and sequences.")
 
-    @field_validator("train", "held_out")
+    @field_validator("train", "held_out", "test")
     @classmethod
     def _names_differ(cls, sources: list[Source]) -> list[Source]:
         names = [source.name for source in sources]

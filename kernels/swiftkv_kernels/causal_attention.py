@@ -7,8 +7,9 @@
 
 torch's flash operator is what every device but the CPU takes. On CPU it multiplies small tiles head by head, at about a
 tenth of the machine's rate of bf16 products. Here the R query heads of a K/V head are rows of one product, and rows are
-taken S positions at a time against the keys before their end, so that most of the future is never computed. Scores and
-softmax are fp32, as there; the backward pass computes a block's probabilities again, as there (arXiv 2205.14135).
+taken S positions at a time against the keys from the first that any of them may see up to their own end, so that most
+of the future, and of other documents packed before, is never computed. Scores and softmax are fp32, as there; the
+backward pass computes a block's probabilities again, as there (arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, allowed, scaling):
         rows, keys, values = _rows(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
         output = torch.empty_like(rows)
-        for part, end, weights in _blocks(rows, keys, allowed, scaling, query.shape):
-            torch.bmm(weights, values[:, :end], out=output[:, part])
+        for part, seen, weights in _blocks(rows, keys, allowed, scaling, query.shape):
+            torch.bmm(weights, values[:, seen], out=output[:, part])
         ctx.save_for_backward(query, key, value, allowed)
         ctx.scaling = scaling
         return _heads(output, query.shape)
@@ -84,15 +85,15 @@ class _BlockAttention(torch.autograd.Function):
         grad_query = torch.empty_like(rows)
         accumulate = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = torch.zeros_like(keys, dtype=accumulate), torch.zeros_like(values, dtype=accumulate)
-        for part, end, weights in _blocks(rows, keys, allowed, ctx.scaling, query.shape):
+        for part, seen, weights in _blocks(rows, keys, allowed, ctx.scaling, query.shape):
             grad_part = grad_rows[:, part]
-            grad_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad_part)
-            grad_weights = torch.bmm(grad_part, values[:, :end].transpose(1, 2))
+            grad_value[:, seen] += torch.bmm(weights.transpose(1, 2), grad_part)
+            grad_weights = torch.bmm(grad_part, values[:, seen].transpose(1, 2))
             products = grad_weights * weights
             mean = products.sum(-1, keepdim=True, dtype=accumulate).to(products.dtype)
             grad_scores = products.addcmul_(weights, mean, value=-1).mul_(ctx.scaling)
-            torch.bmm(grad_scores, keys[:, :end], out=grad_query[:, part])
-            grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), rows[:, part])
+            torch.bmm(grad_scores, keys[:, seen], out=grad_query[:, part])
+            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), rows[:, part])
         return (
             _heads(grad_query, query.shape),
             grad_key.to(key.dtype).view(key.shape),
@@ -104,8 +105,8 @@ class _BlockAttention(torch.autograd.Function):
 
 def _blocks(
     rows: Tensor, keys: Tensor, allowed: Tensor | None, scaling: float, shape: torch.Size
-) -> Iterator[tuple[slice, int, Tensor]]:
-    """For every block of positions: its rows, how many keys it may see, and its weights [B G, S R, end]."""
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """For every block of positions: its rows, the run of keys they may see, and their weights [B G, S R, keys]."""
     batch, heads, length, _ = shape
     groups = len(keys) // batch
     ratio = heads // groups
@@ -118,19 +119,27 @@ def _blocks(
         end = min(start + BLOCK, length)
         size = end - start
         part = slice(start * ratio, end * ratio)
+        first = 0 if allowed is None else _first_seen(allowed[:, 0, start:end, :start])
+        seen = slice(first, end)
         with _half_precision_products(rows.dtype):
-            scores = torch.bmm(rows[:, part].to(dtype), transposed[:, :, :end]).mul_(scaling)
-        by_position = scores.view(batch, groups, size, ratio, end)
+            scores = torch.bmm(rows[:, part].to(dtype), transposed[:, :, seen]).mul_(scaling)
+        by_position = scores.view(batch, groups, size, ratio, end - first)
         if allowed is None:
             by_position[..., start:].masked_fill_(future[:size, None, :size], float("-inf"))
         else:
-            hidden = ~allowed[:, :, start:end, :end]
-            hidden[..., start:] |= future[:size, :size]
+            hidden = ~allowed[:, :, start:end, seen]
+            hidden[..., start - first :] |= future[:size, :size]
             by_position.masked_fill_(hidden.unsqueeze(3), float("-inf"))
         weights = torch.softmax(scores, dim=-1)
         if some_see_nothing:
             weights.nan_to_num_(0.0)
-        yield part, end, weights.to(rows.dtype)
+        yield part, seen, weights.to(rows.dtype)
+
+
+def _first_seen(allowed: Tensor) -> int:
+    """The first of `allowed`s [B, S, keys] earlier keys that a row of the block may see; their number if none."""
+    columns = allowed.flatten(0, 1).any(0).nonzero()
+    return int(columns[0]) if len(columns) else allowed.shape[2]
 
 
 @contextmanager

@@ -34,19 +34,20 @@ def _together(sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
-    """Held-out figures of both starts on the same text (the recipe's held-out sources)."""
-    if not load_recipe(recipe, overrides).data.held_out:
-        raise UserError(f"recipe {recipe} names no data.held_out to measure on")
+    """Held-out figures of both starts on the same text: the recipe's `data.test`, or else `data.held_out`."""
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for init in ("copy", "calibrated"):
             output = Path(scratch) / init
             changes = [*(overrides or []), f"rewrite.init={init}", f"training.output_dir={output}"]
-            distillation = Distillation(load_recipe(recipe, changes))
+            settings = load_recipe(recipe, changes)
+            settings.data.held_out = settings.data.test or settings.data.held_out
+            if not settings.data.held_out:
+                raise UserError(f"recipe {recipe} names no data.test or data.held_out to measure on")
+            distillation = Distillation(settings)
             distillation.prepare()
             found[init] = {name: quality.to_dict() for name, quality in distillation.evaluate().items()}
             found[init]["all together"] = _together(found[init])
-    settings = distillation.recipe
     rows = {
         name: {
             "copied": found["copy"][name],

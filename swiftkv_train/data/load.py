@@ -39,13 +39,14 @@ def load_held_out(
 
 
 def check_no_overlap(recipe_data: DataSection) -> None:
-    """Raises UserError when a held-out source reads a file, through whatever link, or a dataset split trained on."""
+    """Raises UserError when a held-out or test source reads a file, through whatever link, or a dataset split that is
+    trained on."""
     trained_files: dict[tuple[int, int], str] = {}
     trained_splits: dict[tuple[str | None, str | None, str], str] = {}
     for source in recipe_data.train:
         trained_files |= dict.fromkeys(file_identities(source), source.name)
         trained_splits[source.dataset, source.subset, source.split] = source.name
-    for source in recipe_data.held_out:
+    for source in [*recipe_data.held_out, *recipe_data.test]:
         shared = [(path, trained_files[i]) for i, path in file_identities(source).items() if i in trained_files]
         if shared:
             path, name = shared[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swiftkv_train.data.packing import PackedSource, Sequence, cut_documents, fill_sequence
+from swiftkv_train.data.packing import PackedSource, Sequence, count_loss_positions, cut_documents, fill_sequence
 from swiftkv_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,42 +185,43 @@ def held_out_batches(
     *,
     source_id: int = 0,
 ) -> list[Batch]:
-    """A source's first documents, in their order, as batches of at most `batch_size` sequences.
+    """Sequences of a source, its documents in their order, as batches of at most `batch_size` sequences.
 
-    Sequences without a loss position are left out. It stops before the tokens that are not padding exceed `max_tokens`,
-    but gives at least one sequence.
+    Sequences without a loss position are left out. Where the rest hold more than `max_tokens` tokens that are not
+    padding, sequences evenly spaced over the source are taken: as many as stay within it, but at least one.
 
     Raises:
         UserError: the source has no token to predict.
     """
-    sequences: list[tuple[Sequence, int]] = []
-    tokens = 0
-    for starts, lengths in _in_document_order(source, sequence_length):
-        sequence = fill_sequence(source, starts, lengths, sequence_length, pad_token_id)
-        if not sequence.loss_mask.any():
-            continue
-        tokens += int(lengths.sum())
-        if sequences and tokens > max_tokens:
-            break
-        sequences.append((sequence, source_id))
-    if not sequences:
+    starts, lengths = cut_documents(source.offsets, sequence_length)
+    bounds = _bounds_in_document_order(lengths, sequence_length)
+    losses = np.append(0, count_loss_positions(source.targets, starts, lengths).cumsum())[bounds]
+    tokens = np.append(0, lengths.cumsum())[bounds]
+    useful = np.flatnonzero(np.diff(losses))
+    if not len(useful):
         raise UserError(f"source {source.name!r} has no token to predict in sequences of {sequence_length}")
+    counts = np.diff(tokens)
+    chosen = useful
+    while len(chosen) > 1 and (found := int(counts[chosen].sum())) > max_tokens:
+        number = max(1, min(len(chosen) - 1, len(chosen) * max_tokens // found))
+        chosen = useful[(2 * np.arange(number) + 1) * len(useful) // (2 * number)]
+    pieces = [slice(*bounds[index : index + 2]) for index in chosen]
+    sequences = [
+        (fill_sequence(source, starts[piece], lengths[piece], sequence_length, pad_token_id), source_id)
+        for piece in pieces
+    ]
     return [_stack(sequences[at : at + batch_size]) for at in range(0, len(sequences), batch_size)]
 
 
-def _in_document_order(
-    source: TokenizedSource, sequence_length: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Pieces of each sequence when a sequence is closed as soon as the next piece does not fit: (starts, lengths)."""
-    starts, lengths = cut_documents(source.offsets, sequence_length)
-    first = used = 0
+def _bounds_in_document_order(lengths: NDArray[np.int64], sequence_length: int) -> list[int]:
+    """Sequence s holds pieces bounds[s:s+2] when it is closed as soon as the next piece does not fit."""
+    bounds, used = [0], 0
     for piece, length in enumerate(lengths.tolist()):
         if used + length > sequence_length:
-            yield starts[first:piece], lengths[first:piece]
-            first, used = piece, 0
+            bounds.append(piece)
+            used = 0
         used += length
-    if used:
-        yield starts[first:], lengths[first:]
+    return [*bounds, len(lengths)] if used else bounds
 
 
 def _stack(sequences: list[tuple[Sequence, int]]) -> Batch:

@@ -47,7 +47,8 @@ def evaluate(
     """Compare `checkpoint` with `base` and write report.json, report.md and plots to `report_dir`.
 
     Args:
-        data: `NAME=PATH` held-out sources; left out, those of the recipe that the checkpoint carries.
+        data: `NAME=PATH` held-out sources; left out, `data.test` (or else `data.held_out`) of the recipe that the
+            checkpoint carries.
         tokens: held-out tokens per source.
         gates: `FIGURE=LIMIT`; see GATES.
 
@@ -78,7 +79,8 @@ def evaluate(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     recipe = _recipe_of(checkpoint)
-    sources = [_parse_source(text) for text in data] if data else (recipe.data.held_out if recipe else [])
+    recipes = (recipe.data.test or recipe.data.held_out) if recipe else []
+    sources = [_parse_source(text) for text in data] if data else recipes
     if not sources:
         raise UserError(f"{checkpoint} names no held-out data; give --data NAME=PATH")
     names = [source.name for source in sources]

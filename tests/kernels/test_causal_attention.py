@@ -58,13 +58,17 @@ def test_documents_are_isolated(dtype):
         start += length
 
 
-def test_masked_gradients():
-    tensors = [tensor.requires_grad_() for tensor in inputs(1, 4, 2, 150, 8)]
-    mask = document_mask([20, 130], 1)
-    upstream = torch.randn(1, 4, 150, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = torch.autograd.grad(causal_attention(*tensors, allowed=mask), tensors, upstream)
-    expected = torch.autograd.grad(causal_attention_reference(*tensors, allowed=mask), tensors, upstream)
-    for gradient, right in zip(found, expected, strict=True):
+@pytest.mark.parametrize("rows", [[[20, 130]], [[100, 300, 50], [260, 7, 183]], [[129, 321], [450]]])
+def test_masked_gradients(rows):
+    """Over several blocks, of which each row of the batch may skip other earlier documents."""
+    tensors = [tensor.requires_grad_() for tensor in inputs(len(rows), 4, 2, sum(rows[0]), 8)]
+    mask = torch.cat([document_mask(lengths, 1) for lengths in rows])
+    expected = causal_attention_reference(*tensors, allowed=mask)
+    output = causal_attention(*tensors, allowed=mask)
+    close(output, expected, torch.float64)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = torch.autograd.grad(output, tensors, upstream)
+    for gradient, right in zip(found, torch.autograd.grad(expected, tensors, upstream), strict=True):
         close(gradient, right, torch.float64)
 
 
