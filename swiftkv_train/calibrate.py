@@ -84,14 +84,16 @@ class KeyValueRecorder:
 
 @torch.no_grad()
 def accumulate_moments(
-    model: LlamaSwiftKVForCausalLM, batches: Iterable[Batch], advance: Callable[[int], None] | None = None
+    model: LlamaSwiftKVForCausalLM,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    advance: Callable[[int], None] | None = None,
 ) -> Moments:
     """Run the base over `batches` (its own tail, hence `base_projections`) and sum what the fit needs.
 
     Padding counts as one more document: its positions are left out. `advance` is told the tokens of every batch.
     """
     config = model.config
-    device = model.model.norm_swiftkv.weight.device
     width = config.hidden_size + int(config.attention_bias)
     attention = model.model.layers[-1].self_attn
     outputs = attention.k_proj.out_features + attention.v_proj.out_features

@@ -59,6 +59,22 @@ def fetch(
     run(source, to, data_dir=data or DATA_DIRECTORIES.get(source), revision=revision, report=_say)
 
 
+@app.command(epilog=_example("swiftkv prepare recipes/smollm2-135m/quickstart.yaml"))
+def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Generate and tokenise all that a recipe reads into data.cache_dir, on a machine without a GPU if you like.
+
+    Training then starts at once, from the same files or, where the cache was copied to, without them.
+    """
+    from swiftkv_train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    from swiftkv_train.data.prepare import prepare as run
+
+    result = run(checked)
+    if as_json:
+        _print_json(result)
+
+
 @app.command(epilog=_example("swiftkv calibrate recipes/smollm2-135m/quickstart.yaml"))
 def calibrate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, to export."""
@@ -69,24 +85,54 @@ def calibrate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def distill(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in training.output_dir.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in training.output_dir, or begin it where there is none yet."),
+    ] = False,
+    allow_changed: Annotated[
+        bool,
+        typer.Option("--allow-changed", help="With --resume: even if the recipe, the data or the base has changed."),
+    ] = False,
 ) -> None:
     """Rewrite a base model, calibrate its tail and distil the base back into it.
 
     `accelerate launch -m swiftkv_train.distill RECIPE` does the same on several processes.
     """
-    raise typer.Exit(_distil(recipe, overrides, resume=resume))
+    if allow_changed and not resume:
+        raise UserError("--allow-changed goes with --resume")
+    raise typer.Exit(_distil(recipe, overrides, resume=resume, allow_changed=allow_changed))
 
 
 def _distil(recipe: str, overrides: list[str] | None, **options: bool) -> int:
     from swiftkv_train.allocator import keep_freed_memory
     from swiftkv_train.recipe import load_recipe
+    from swiftkv_train.stopping import Stop, Stopped
 
     checked = load_recipe(recipe, overrides)  # before torch is loaded: a typing error answers at once
     keep_freed_memory()
-    from swiftkv_train.distill import distill as run
+    with Stop().watching() as stop:
+        try:
+            from swiftkv_train.distill import distill as run
 
-    return run(checked, **options)
+            return run(checked, stop=stop, **options)
+        except Stopped:  # while the libraries were loading
+            _say("stopped     before the first step; there is nothing to save")
+            return stop.status
+
+
+@app.command(epilog=_example("swiftkv runs outputs"))
+def runs(
+    directory: Annotated[Path, typer.Argument(help="Where to look, at any depth.")] = Path("outputs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs below a directory: what each is doing, how far it is, its last loss and held-out KL."""
+    from swiftkv_train.runs import list_runs, print_runs, to_json
+
+    found = list_runs(directory)
+    if as_json:
+        _print_json(to_json(found))
+    else:
+        print_runs(found, directory)
 
 
 @app.command(epilog=_example("swiftkv export outputs/quickstart/run --to outputs/quickstart/checkpoint"))

@@ -9,48 +9,66 @@ step divided by their number over all processes and micro-batches, so that neith
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from swiftkv_kernels import distillation_kl
 from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve
+from swiftkv_train.checkpointing import Checkpointer, on_main
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
+from swiftkv_train.divergence import Divergence, save_failed_batch
 from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.flops import device_peak, distillation_flops
 from swiftkv_train.loading import load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, summarise, token_measures
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
-from swiftkv_train.run_directory import RunDirectory, optimizer_tensors, restore_optimizer
-from swiftkv_train.stopping import Stop
+from swiftkv_train.run_state import RunLock, recorded_state
+from swiftkv_train.stopping import Stop, Stopped
+from swiftkv_train.strategies import make_strategy
 from swiftkv_train.student import (
+    add_adapters,
     build_model,
+    checkpoint_tail,
     load_exported_tail,
-    load_trained,
+    layer_by_layer,
     trainable_parameters,
     use_training_attention,
 )
-from swiftkv_train.tracking import wandb_run
+from swiftkv_train.tracking import Trackers, open_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 class DistillationModule(nn.Module):
-    """Base and student as one module whose forward is the loss; ZeRO-3 and FSDP shard it, so all reading is inside."""
+    """Base and student as one module whose forward is the loss; ZeRO-3 and FSDP shard it, so all reading is inside.
 
-    def __init__(self, model: LlamaSwiftKVForCausalLM, loss: LossSection):
+    With `autocast` (torch.bfloat16 or float16) its products run in that dtype.
+    """
+
+    def __init__(self, model: LlamaSwiftKVForCausalLM, loss: LossSection, autocast: torch.dtype | None = None):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.autocast = autocast
 
     def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor, *, compare: bool = False
+    ) -> Any:
+        """`losses` of packed sequences [B, T], or with `compare` their `token_measures`."""
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            return (self.compare if compare else self.losses)(input_ids, position_ids, loss_mask)
+
+    def losses(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the True positions of `loss_mask` [B, T]: the loss, and its KL part (T^2-scaled, detached)."""
@@ -72,20 +90,21 @@ class DistillationModule(nn.Module):
         return total, kl.detach()
 
     @torch.no_grad()
-    def compare(self, batch: Batch) -> torch.Tensor:
-        """`token_measures` [N, 4] of the loss positions of `batch`."""
+    def compare(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """`token_measures` [N, 4] of the N loss positions."""
         decoder = self.model.model
-        trunk = decoder.run_trunk(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        mask = batch.loss_mask
-        base = decoder.run_tail(trunk, base=True).last_hidden_state[mask]
-        student = decoder.run_tail(trunk).last_hidden_state[mask]
-        next_ids = batch.input_ids.roll(-1, dims=1)[mask]
-        head = self.model.lm_head
+        trunk = decoder.run_trunk(input_ids, position_ids=position_ids, use_cache=False)
+        base = decoder.run_tail(trunk, base=True).last_hidden_state[loss_mask]
+        student = decoder.run_tail(trunk).last_hidden_state[loss_mask]
+        next_ids = input_ids.roll(-1, dims=1)[loss_mask]
+        head = self.model.lm_head.weight  # its weight, as ZeRO-3 gathers a module that is called at every call
         rows = [
-            token_measures(head(student[part]), head(base[part]), next_ids[part])
-            for part in torch.arange(len(next_ids), device=mask.device).split(256)
+            token_measures(functional.linear(student[part], head), functional.linear(base[part], head), next_ids[part])
+            for part in torch.arange(len(next_ids), device=loss_mask.device).split(256)
         ]
-        return torch.cat(rows) if rows else torch.empty(0, 4, device=mask.device)
+        return torch.cat(rows) if rows else torch.empty(0, 4, device=loss_mask.device)
 
 
 def learning_rate(training: TrainingSection, step: int) -> float:
@@ -111,8 +130,10 @@ def calibrate(
         for start in range(0, len(mine), rows):
             yield data.batch_of(mine[start : start + rows])
 
-    with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance:
-        moments = accumulate_moments(model, batches(), advance)
+    on_device = model.device.type == accelerator.device.type
+    place = nullcontext() if on_device else layer_by_layer(accelerator.device, model)
+    with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance, place:
+        moments = accumulate_moments(model, batches(), accelerator.device, advance)
     if ranks > 1:
         for tensor in moments.tensors():
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
@@ -128,46 +149,36 @@ def calibrate(
 class Distillation:
     """One run, from its recipe to its last checkpoint."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False, quiet: bool = False):
-        from accelerate import Accelerator
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool = False,
+        allow_changed: bool = False,
+        quiet: bool = False,
+        stop: Stop | None = None,
+    ):
         from accelerate.utils import set_seed
 
-        self.recipe, self.resume = recipe, resume
+        self.recipe, self.stop = recipe, stop or Stop()
         training = recipe.training
-        precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[recipe.model.dtype]
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-        if precision == "fp16" and self.accelerator.device.type == "cpu":
+        if recipe.model.dtype == "float16" and not torch.accelerator.is_available():
             raise UserError("model.dtype: float16 trains on a GPU only; use bfloat16 or float32")
+        self.strategy = make_strategy(recipe)
+        self.accelerator = self.strategy.accelerator
         if training.batch_size < self.accelerator.num_processes:
             processes = self.accelerator.num_processes
             raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes} processes")
         set_seed(training.seed)
         self.report = Reporter(enabled=self.accelerator.is_main_process and not quiet)
-        self.run = self._open_run()
-        self.tracker: Any = None
-
-    def _open_run(self) -> RunDirectory:
-        """Main process makes or checks the directory; the others wait and then look."""
-        output = self.recipe.training.output_dir
-        if self.resume:
-            run = RunDirectory.open(output)
-            run.check_same_recipe(self.recipe)
-            run.last_checkpoint()
-        else:
-            failure: list[str | None] = [None]
-            if self.accelerator.is_main_process:
-                try:
-                    RunDirectory.create(output, self.recipe)
-                except UserError as error:
-                    failure = [str(error)]
-            if self.accelerator.num_processes > 1:
-                from accelerate.utils import broadcast_object_list
-
-                broadcast_object_list(failure)
-            if failure[0]:
-                raise UserError(failure[0])
-            run = RunDirectory.open(output)
-        return run
+        self.lock = RunLock(Path(training.output_dir))
+        on_main(self.accelerator, self.lock.take)
+        self.checkpoints = Checkpointer(recipe, self.strategy, self.report, resume=resume, allow_changed=allow_changed)
+        self.run = self.checkpoints.run
+        self.step = self.checkpoints.saved or 0
+        self.evaluated: set[int] = set()  # steps whose held-out figures are logged
+        self.refused = False  # whether the disk refused the last row
+        self.trackers = Trackers(self.report.line)
 
     def prepare(self) -> None:
         """Load the model and the data, start the tail, wrap for training."""
@@ -178,8 +189,10 @@ class Distillation:
         pad = pad_token_id(tokenizer)
         vocabulary = model.config.vocab_size
         with accelerator.main_process_first():
-            self.data = load_training_data(recipe.data, tokenizer, vocabulary, pad, progress=report.tokenising)
-            sources = load_held_out(recipe.data, tokenizer, vocabulary)
+            self.data = load_training_data(
+                recipe.data, tokenizer, vocabulary, pad, base=recipe.model, report=report
+            )
+            sources = load_held_out(recipe.data, tokenizer, vocabulary, base=recipe.model, report=report)
         self.held_out = {
             source.name: held_out_batches(
                 source, recipe.data.sequence_length, training.evaluate_tokens, training.micro_batch_size, pad
@@ -187,42 +200,39 @@ class Distillation:
             for source in sources
         }
         report.data(self.data.describe())
+        self.checkpoints.compare(self.data, sources)
 
         model.requires_grad_(False)
-        model.to(accelerator.device)
+        if not self.strategy.shards_weights:  # else a device may be too small for all of it
+            model.to(accelerator.device)
         use_training_attention(model)
-        checkpoint = self.run.last_checkpoint() if self.resume else None
+        checkpoint = self.checkpoints.resumed
         if checkpoint is None:
             self._start_tail(model)
-        else:
-            load_trained(model, checkpoint.weights(), str(checkpoint.path))
-            if checkpoint.progress["data_fingerprint"] != self.data.fingerprint:
-                raise UserError(f"the training data changed since {checkpoint.path} was written; it cannot be resumed")
-            report.line(f"resumed     {checkpoint.path}, {training.steps - checkpoint.step} steps left")
+        if training.lora is not None:
+            add_adapters(model, training.lora)
         parameters = trainable_parameters(model)
         for parameter in parameters.values():
             parameter.data = parameter.data.float()  # fp32 master weights; autocast makes the bf16 copies
             parameter.requires_grad_(True)
+        if checkpoint is not None:
+            self.checkpoints.load_weights(checkpoint, model)
         trained = sum(parameter.numel() for parameter in parameters.values())
         total = sum(parameter.numel() for parameter in model.parameters())
         report.line(f"trained     {trained:,} of {total:,} parameters ({trained / total:.1%})")
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(
-            parameters.values(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
-        )
-        self.step = 0
-        self.evaluated: set[int] = set()  # steps whose held-out figures are logged
+        self.config, self.peak = model.config, device_peak(accelerator.device, recipe.model.dtype)
+        half = None if recipe.model.dtype == "float32" else getattr(torch, recipe.model.dtype)
+        self.strategy.wrap(DistillationModule(model, recipe.loss, autocast=half))
+        if training.gradient_checkpointing:
+            checkpoint_tail(model)
         if checkpoint is not None:
-            self.step = checkpoint.step
-            self.evaluated = {
-                row["step"] for row in self.run.metrics() if "held_out" in row and row["step"] <= self.step
-            }
-            restore_optimizer(self.optimizer, parameters, checkpoint.optimizer_state())
-            if accelerator.is_main_process:
-                self.run.trim_metrics(self.step)
-        self.module: Any
-        self.module, self.optimizer = accelerator.prepare(DistillationModule(model, recipe.loss), self.optimizer)
-        self.module.eval()  # no dropout: base and student must see the same network
+            self.checkpoints.load_optimizer(checkpoint)
+            self.evaluated = {row["step"] for row in self.run.metrics.rows() if "held_out" in row}
+        self.divergence = Divergence(
+            training.max_loss_ratio,
+            [row["loss"] for row in self.run.metrics.rows() if "loss" in row and row["step"] <= self.step],
+            loss_scaling=recipe.model.dtype == "float16",
+        )
 
     def _start_tail(self, model: LlamaSwiftKVForCausalLM) -> None:
         rewriting = self.recipe.rewrite
@@ -236,13 +246,20 @@ class Distillation:
 
     def evaluate(self) -> dict[str, Quality]:
         """Student against base on every held-out source."""
-        module = self.accelerator.unwrap_model(self.module)
+        module = self.strategy.module
+        if not self.strategy.equal_forwards:  # DDP's own forward exchanges buffers, equally often everywhere
+            module = self.accelerator.unwrap_model(module)
         found = {}
         for name, batches in self.held_out.items():
-            mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-            with self.accelerator.autocast():
-                rows = [module.compare(batch.to(self.accelerator.device)) for batch in mine]
-            measures = torch.cat([torch.empty(0, 4, device=self.accelerator.device), *rows])
+            rows = [torch.empty(0, 4, device=self.accelerator.device)]
+            with torch.no_grad():
+                ranks = self.accelerator.num_processes
+                mine = batches[self.accelerator.process_index :: ranks]
+                for index, batch in enumerate(self._evened(mine, math.ceil(len(batches) / ranks), batches[0])):
+                    if index < len(batches) // ranks:  # of which every process has one
+                        self.stop.check(self.accelerator)
+                    rows.append(module(*batch.model_inputs(), compare=True))
+            measures = torch.cat(rows)
             if self.accelerator.num_processes > 1:
                 measures = self.accelerator.gather(self.accelerator.pad_across_processes(measures, pad_index=-1.0))
                 measures = measures[measures[:, 2] >= 0]
@@ -254,60 +271,88 @@ class Distillation:
         training, accelerator = self.recipe.training, self.accelerator
         batch = self.data.batch(self.step * training.batch_size, training.batch_size)
         loss_tokens = int(batch.loss_mask.sum())
-        mine = batch.share(accelerator.process_index, accelerator.num_processes).to(accelerator.device)
-        # DDP averages gradients over processes; the sum is wanted.
+        # Gradients are averaged over processes; the sum is wanted.
         scale = accelerator.num_processes / loss_tokens
         sums = torch.zeros(2, device=accelerator.device)
-        micro_batches = mine.split(training.micro_batch_size)
+        mine = batch.share(accelerator.process_index, accelerator.num_processes).split(training.micro_batch_size)
+        most = math.ceil(math.ceil(training.batch_size / accelerator.num_processes) / training.micro_batch_size)
+        micro_batches = self._evened(mine, most, batch)
+        fewest = math.ceil(training.batch_size // accelerator.num_processes / training.micro_batch_size)
         for index, micro in enumerate(micro_batches):
-            with ExitStack() as stack:
-                if index + 1 < len(micro_batches):
-                    stack.enter_context(accelerator.no_sync(self.module))
-                total, kl = self.module(micro.input_ids, micro.position_ids, micro.loss_mask)
-                accelerator.backward(total * scale)
+            if 0 < index < fewest:  # before any process exchanges gradients
+                self.stop.check(accelerator)
+            with self.strategy.micro_step(last=index + 1 == len(micro_batches)):
+                total, kl = self.strategy.module(*micro.model_inputs())
+                self.strategy.backward(total * scale)
             sums += torch.stack([total.detach(), kl])
-        norm = accelerator.clip_grad_norm_(list(self.parameters.values()), training.max_grad_norm)
-        rate = learning_rate(training, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         loss, kl = (accelerator.reduce(sums, reduction="sum") / loss_tokens).tolist()
-        if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {self.step}; lower training.learning_rate (now {rate:.1e})")
+        rate = learning_rate(training, self.step)
+        self._stop_at(self.divergence.loss_problem(loss), batch, {"loss": loss, "grad_norm": None})
+
+        def check(norm: float) -> None:
+            self._stop_at(self.divergence.gradient_problem(norm), batch, {"loss": loss, "grad_norm": norm})
+
+        norm = self.strategy.step(rate, check)
+        self.step += 1
         return {
             "step": self.step,
             "loss": loss,
             "kl": kl,
             "learning_rate": rate,
-            "grad_norm": float(norm),
+            "grad_norm": norm if math.isfinite(norm) else None,  # an overflow of fp16, whose update is left out
             "tokens": batch.input_ids.numel(),
             "loss_tokens": loss_tokens,
+            "flops": distillation_flops(
+                self.config,
+                tokens=int(batch.token_mask.sum()),
+                pairs=int((batch.position_ids + 1)[batch.token_mask].sum()),
+                loss_tokens=loss_tokens,
+                lora_rank=training.lora.rank if training.lora else 0,
+            ),
         }
 
-    def save(self) -> None:
+    def _stop_at(self, problem: str | None, batch: Batch, figures: dict[str, float | None]) -> None:
+        """Raises RunError when there is a problem with the step that is being made; its batch is kept."""
+        if problem is None:
+            return
+        step, kept = self.step + 1, "is kept by the main process"
+        sources = [self.data.packed[index].source.name for index in batch.source_ids.tolist()]
         if self.accelerator.is_main_process:
-            checkpoint = self.run.save_checkpoint(
-                {"step": self.step, "steps": self.recipe.training.steps, "data_fingerprint": self.data.fingerprint},
-                {name: parameter.detach() for name, parameter in self.parameters.items()},
-                optimizer_tensors(self.optimizer, self.parameters),
-                self.recipe.training.keep_last,
-            )
-            self.report.line(f"saved       {checkpoint.path}")
-        self.accelerator.wait_for_everyone()
+            kept = save_failed_batch(self.run.path, step, batch, sources, figures)
+        self.accelerator.wait_for_everyone()  # the first process to end takes the others with it
+        saved = self.checkpoints.saved
+        again = "start again" if saved is None else f"go on from step {saved} with --resume --allow-changed"
+        raise RunError(
+            f"{problem} at step {step}, which is discarded; its batch (of {', '.join(sorted(set(sources)))}) {kept}: "
+            f"look at it, or {again} and a lower training.learning_rate (now {self.recipe.training.learning_rate:g})"
+        )
+
+    def _evened(self, mine: list[Batch], number: int, any_batch: Batch) -> list[Batch]:
+        """This process's batches on its device, filled up to `number` where all processes must run equally many."""
+        if self.strategy.equal_forwards and len(mine) < number:
+            mine = [*mine, any_batch.share(0, len(any_batch.input_ids)).without_loss()]
+        return [batch.to(self.accelerator.device) for batch in mine]
 
     def log(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            self.run.log(row)
-        if self.tracker is not None:
-            flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
-            for source, quality in row.get("held_out", {}).items():
-                flat |= {f"held_out/{source}/{key}": value for key, value in quality.items()}
-            self.tracker.log(flat, step=row["step"])
+            self._write(row)
+        self.trackers.log(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            self.run.metrics.append(row)
+        except OSError as error:
+            if not self.refused:
+                self.report.line(f"warning     {self.run.metrics.path} cannot be written: {error.strerror}; rows wait")
+            self.refused = True
+        else:
+            self.refused = False
 
     def log_quality(self) -> None:
-        if not self.held_out or self.step in self.evaluated:
+        """Held-out figures, where they are due and not logged yet: at the start, every `evaluate_every`, at the end."""
+        training = self.recipe.training
+        due = self.step in (0, training.steps) or (training.evaluate_every and self.step % training.evaluate_every == 0)
+        if not self.held_out or not due or self.step in self.evaluated:
             return
         found = self.evaluate()
         self.report.quality(self.step, found)
@@ -316,55 +361,82 @@ class Distillation:
 
     def train(self, *, calibrate_only: bool = False) -> int:
         """Run to the last step. Returns the exit status: 0, or 130 when stopped with Ctrl-C."""
-        training = self.recipe.training
+        recipe, run, is_main = self.recipe, self.run, self.accelerator.is_main_process
         with (
-            Stop().watching() as stop,
-            wandb_run(self.recipe, self.run.path, enabled=self.accelerator.is_main_process) as self.tracker,
+            recorded_state(run, self.lock, enabled=is_main) as self.record,
+            open_trackers(
+                recipe, run.path, resumed_step=self.checkpoints.saved, enabled=is_main, warn=self.report.line
+            ) as self.trackers,
         ):
-            self.prepare()
-            if not self.resume:
+            try:
+                self.prepare()
                 self.log_quality()
+                if not calibrate_only:
+                    self._steps()
+                self.checkpoints.save_last(self.step, self.stop)
+            except Stopped:
+                return self._leave()
             if calibrate_only:
-                self.save()
-                return 0
-            status = self._steps(stop)
-            if status is not None:
-                return status
-            self.log_quality()
-            self.save()
-        self.report.line(f"finished    {training.steps} steps; next: swiftkv export {self.run.path} --to DIR")
+                self.record.ending = "calibrated"
+        if not calibrate_only:
+            self.report.line(f"finished    {self.step} steps; next: swiftkv export {self.run.path} --to DIR")
         return 0
 
-    def _steps(self, stop: Stop) -> int | None:
-        """The steps that are left; an exit status when asked to stop before the last one."""
+    def _steps(self) -> None:
+        """The steps that are left. Raises Stopped where nothing is half done."""
         training = self.recipe.training
+        self.stop.defer()
         with self.report.training(training.steps, self.step) as advance:
             while self.step < training.steps:
                 started = time.perf_counter()
                 row = self.train_step()
                 row["seconds"] = time.perf_counter() - started
                 row["tokens_per_second"] = row["tokens"] / row["seconds"]
+                if self.peak:
+                    row["mfu"] = row["flops"] / row["seconds"] / (self.peak * self.accelerator.num_processes)
                 advance(row)
                 if self.step % training.log_every == 0 or self.step == training.steps:
                     self.log(row)
-                if training.evaluate_every and self.step % training.evaluate_every == 0:
-                    self.log_quality()
-                if stop.agreed(self.accelerator):
-                    self.save()
-                    self.report.line(f"stopped     at step {self.step} of {training.steps}; continue with --resume")
-                    return 130 if stop.signal == signal.SIGINT else 0
-                if (
-                    training.checkpoint_every
-                    and self.step % training.checkpoint_every == 0
-                    and self.step < training.steps
-                ):
-                    self.save()
-        return None
+                self.log_quality()
+                if self.step == training.steps:
+                    break
+                self.stop.check(self.accelerator)
+                if training.checkpoint_every and self.step % training.checkpoint_every == 0:
+                    self.checkpoints.save(self.step)
+
+    def _leave(self) -> int:
+        """Save what is done of a run that was asked to stop; its exit status."""
+        self.record.ending = "stopped"
+        if self.step == 0:
+            self.report.line("stopped     before the first step; there is nothing to save")
+        elif self.checkpoints.save(self.step):
+            steps = self.recipe.training.steps
+            self.report.line(f"stopped     at step {self.step} of {steps}; continue with --resume")
+        else:
+            raise self.checkpoints.not_saved(self.step)
+        return self.stop.status
 
 
-def distill(recipe: Recipe, *, resume: bool = False, calibrate_only: bool = False, quiet: bool = False) -> int:
-    """Run a recipe; returns the exit status. Raises UserError and RunError (see `swiftkv_train.errors`)."""
-    return Distillation(recipe, resume=resume, quiet=quiet).train(calibrate_only=calibrate_only)
+def distill(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_changed: bool = False,
+    calibrate_only: bool = False,
+    quiet: bool = False,
+    stop: Stop | None = None,
+) -> int:
+    """Run a recipe; returns the exit status. Raises UserError and RunError (see `swiftkv_train.errors`).
+
+    Args:
+        resume: go on from the last checkpoint in `training.output_dir`.
+        allow_changed: even if the recipe, the data or the base is not what it was made from.
+        stop: watches for signals, which are left to the caller otherwise.
+    """
+    distillation = Distillation(recipe, resume=resume, allow_changed=allow_changed, quiet=quiet, stop=stop)
+    status = distillation.train(calibrate_only=calibrate_only)
+    distillation.strategy.close()
+    return status
 
 
 if __name__ == "__main__":

@@ -28,3 +28,15 @@ def publish_directory(temporary: Path, final: Path) -> None:
         shutil.rmtree(final)
     temporary.replace(final)
     sync(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Give a file new content: under its name is always the old or the new, whole. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)

@@ -35,19 +35,11 @@ def load_model(
     Raises:
         UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    import swiftkv_models  # noqa: F401  (registers its model types)
-
     logging.disable_progress_bar()  # ours would stand between them
-    _check_present(path)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"model {path}: config cannot be read: {one_line(error)}") from None
-    if config.model_type not in families:
-        raise UserError(f"model {path} is of family {config.model_type!r}; this command takes {' or '.join(families)}")
+    config = load_config(path, revision=revision, families=families)
     check_weight_files(Path(path))
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     verbosity = logging.get_verbosity()
@@ -73,6 +65,28 @@ def load_model(
         if problems := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ()):
             raise UserError(f"model {path}: {len(problems)} {kind.replace('_', ' ')}, the first is {problems[0]}")
     return model.eval()
+
+
+def load_config(
+    path: str, *, revision: str | None = None, families: tuple[str, ...] = ("llama", "llama_swiftkv")
+) -> Any:
+    """The configuration of the model at `path` (directory or hub id).
+
+    Raises:
+        UserError: no such model, or a family not in `families`.
+    """
+    from transformers import AutoConfig
+
+    import swiftkv_models  # noqa: F401  (registers its model types)
+
+    _check_present(path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"model {path}: config cannot be read: {one_line(error)}") from None
+    if config.model_type not in families:
+        raise UserError(f"model {path} is of family {config.model_type!r}; this command takes {' or '.join(families)}")
+    return config
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> Tokenizer:

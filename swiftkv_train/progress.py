@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -56,9 +57,6 @@ class Reporter:
         """Progress over optimizer steps; call the result with the row of every step."""
         started = last = time.perf_counter()
 
-        def status(row: dict[str, Any]) -> str:
-            return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-
         if not self.console.is_terminal:
 
             def write(row: dict[str, Any]) -> None:
@@ -66,14 +64,14 @@ class Reporter:
                 now = time.perf_counter()
                 if now - last > PLAIN_INTERVAL or row["step"] in (first + 1, steps):
                     last = now
-                    left = (now - started) / (row["step"] - first) * (steps - row["step"])
-                    self.line(f"distil      step {row['step']}/{steps}  {status(row)}  {left:.0f} s left")
+                    left = timedelta(seconds=round((now - started) / (row["step"] - first) * (steps - row["step"])))
+                    self.line(f"distil      step {row['step']}/{steps}  {step_figures(row)}  {left} left")
 
             yield write
             return
         with _progress(self.console, MofNCompleteColumn(), TextColumn("{task.fields[status]}")) as progress:
             handle = progress.add_task("distil", total=steps, completed=first, status="")
-            yield lambda row: progress.update(handle, completed=row["step"], status=status(row))
+            yield lambda row: progress.update(handle, completed=row["step"], status=step_figures(row))
 
     def tokenising(self, source: str, documents: int, tokens: int) -> None:
         self.line(f"tokenised   {source}: {documents:,} documents, {tokens:,} tokens")
@@ -103,6 +101,15 @@ class Reporter:
                 f"perplexity {quality.student_perplexity:.2f} against {quality.base_perplexity:.2f} "
                 f"(x {quality.perplexity_ratio:.3f})"
             )
+
+
+def step_figures(row: dict[str, Any]) -> str:
+    """Loss, gradient norm, rate and, where it is known, MFU of a step."""
+    norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.3g}"
+    figures = [f"loss {row['loss']:.4f}", f"grad norm {norm}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in row:
+        figures.append(f"MFU {row['mfu']:.1%}")
+    return "  ".join(figures)
 
 
 def _progress(console: Console, *columns: Any) -> Progress:

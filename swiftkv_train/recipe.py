@@ -73,6 +73,18 @@ class CalibrationSection(Section):
     ridge: float = Field(1e-3, ge=0, description="Ridge strength, relative to the mean diagonal of X'X.")
 
 
+class GenerateSection(Section):
+    """Conversations that the base holds with itself; see swiftkv_train/data/generate.py."""
+
+    conversations: int = Field(1000, ge=1, description="Conversations, or texts of a base without a chat template.")
+    max_prompt_tokens: int = Field(128, ge=1, description="A prompt that is longer is dropped.")
+    max_new_tokens: int = Field(384, ge=1, description="An answer, or a text, that is longer is cut.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of prompts and answers.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the most likely tokens that hold this probability.")
+    seed: int = Field(0, ge=0, description="Held-out sources need another one than train sources.")
+    batch_size: int = Field(32, ge=1, description="Conversations generated side by side.")
+
+
 class Source(Section):
     """One stream of documents: prose or chats."""
 
@@ -83,6 +95,13 @@ class Source(Section):
     dataset: str | None = Field(None, description="Hugging Face dataset name instead of `path`.")
     subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
+    revision: str | None = Field(None, description="Revision of a Hugging Face dataset: a branch, tag or commit.")
+    streaming: bool = Field(
+        False, description="Read a Hugging Face dataset over the network as far as `max_documents`; keep no copy."
+    )
+    generate: GenerateSection | None = Field(
+        None, description="Text that the base itself says, instead of `path`: distillation without data."
+    )
     field: str | None = Field(
         None, description="Column that holds plain text, or the messages. Found by itself when left out."
     )
@@ -94,8 +113,12 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("a source needs exactly one of `path` and `dataset`")
+        if [self.path, self.dataset, self.generate].count(None) != 2:
+            raise ValueError("a source needs exactly one of `path`, `dataset` and `generate`")
+        if self.dataset is None and (self.streaming or self.revision is not None):
+            raise ValueError("`streaming` and `revision` go with `dataset`")
+        if self.generate is not None and (self.field is not None or self.kind != "auto"):
+            raise ValueError("`field` and `kind` do not go with `generate`")
         return self
 
 
@@ -114,6 +137,15 @@ class DataSection(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of the order of documents and sequences.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _self_is_short(cls, value: Any) -> Any:
+        """`data: self`: train on what the base says, and hold out a little of it."""
+        if value != "self":
+            return value
+        held_out = {"conversations": 64, "seed": 1}
+        return {"train": [{"name": "self", "generate": {}}], "held_out": [{"name": "self", "generate": held_out}]}
+
     @field_validator("train", "held_out", "test")
     @classmethod
     def _names_differ(cls, sources: list[Source]) -> list[Source]:
@@ -131,6 +163,13 @@ class LossSection(Section):
     hidden_mse: float = Field(0.0, ge=0, description="Weight of the MSE between the states that enter the last layer.")
 
 
+class LoraSection(Section):
+    """Low-rank adapters (arXiv 2106.09685) on the tail's projections."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="The adapters' product is scaled by alpha / rank.")
+
+
 class TrainingSection(Section):
     output_dir: str = Field(min_length=1, description="The run directory.")
     steps: int = Field(ge=1, description="Optimizer steps.")
@@ -142,6 +181,21 @@ class TrainingSection(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999))
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="The 8-bit ones keep their moments in 8 bits, on CUDA (extra `bitsandbytes`)."
+    )
+    trainable: Literal["full", "lora"] = Field(
+        "full", description="`full`: the tail's projections; `lora`: adapters on them, merged at export (extra `lora`)."
+    )
+    lora: LoraSection | None = Field(None, description="With `trainable: lora`; left out: its defaults.")
+    gradient_checkpointing: bool = Field(
+        False, description="Keep only each tail layer's input for the backward pass: less memory, a third more time."
+    )
+    max_loss_ratio: float = Field(
+        10.0,
+        ge=0,
+        description="Stop at a loss above this multiple of the median of the last 100 steps; 0: at no finite loss.",
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end or when stopped.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
@@ -151,10 +205,35 @@ class TrainingSection(Section):
     evaluate_tokens: int = Field(8192, ge=1, description="Held-out tokens per source and evaluation during training.")
     log_every: int = Field(1, ge=1)
 
+    @model_validator(mode="after")
+    def _lora_goes_with_trainable_lora(self) -> TrainingSection:
+        if self.trainable == "full" and self.lora is not None:
+            raise ValueError("`lora` goes with `trainable: lora`")
+        if self.trainable == "lora" and self.lora is None:
+            self.lora = LoraSection()  # type: ignore[call-arg]
+        return self
+
     @field_validator("betas", mode="before")
     @classmethod
     def _betas_from_yaml(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+
+class DistributedSection(Section):
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp",
+        description="What processes hold in parts: nothing (DDP); DeepSpeed ZeRO-1: moments, 2: gradients too, "
+        "3: weights too; FSDP2: all of these.",
+    )
+    deepspeed_config: str | None = Field(
+        None, description="A DeepSpeed JSON file with more settings (offloading, buckets), with `zero1` to `zero3`."
+    )
+
+    @model_validator(mode="after")
+    def _deepspeed_config_goes_with_zero(self) -> DistributedSection:
+        if self.deepspeed_config is not None and not self.strategy.startswith("zero"):
+            raise ValueError("`deepspeed_config` goes with `strategy: zero1`, `zero2` or `zero3`")
+        return self
 
 
 class WandbSection(Section):
@@ -165,6 +244,9 @@ class WandbSection(Section):
 
 class LoggingSection(Section):
     wandb: WandbSection | None = Field(None, description="Also log to Weights & Biases (extra `wandb`).")
+    tensorboard: bool = Field(
+        False, description="Also write TensorBoard's files to RUN/tensorboard (extra `tensorboard`)."
+    )
 
 
 class Recipe(Section):
@@ -176,6 +258,7 @@ class Recipe(Section):
     data: DataSection
     loss: LossSection = Field(default_factory=LossSection)  # type: ignore[arg-type]
     training: TrainingSection
+    distributed: DistributedSection = Field(default_factory=DistributedSection)  # type: ignore[arg-type]
     logging: LoggingSection = Field(default_factory=LoggingSection)  # type: ignore[arg-type]
 
     def to_yaml(self) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import Model, load_model
-from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe import LoraSection, Recipe
 
 
 def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
@@ -39,8 +42,53 @@ def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
         raise UserError(f"rewrite: {error}") from None
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def tail_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All tensors that the rewrite added, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv" in name}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of them that are trained: the adapters where there are any, else all."""
+    tail = tail_parameters(model)
+    return {name: parameter for name, parameter in tail.items() if ".lora_" in name} or tail
+
+
+def add_adapters(model: LlamaSwiftKVForCausalLM, lora: LoraSection) -> None:
+    """Put low-rank adapters, which change nothing yet, on the tail's projections."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("training.trainable lora needs peft: pip install 'swiftkv-train[lora]'") from None
+    inject_adapter_in_model(
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=r".*\.[qkv]_proj_swiftkv"), model
+    )
+
+
+def merge_adapters(weights: Mapping[str, torch.Tensor], lora: LoraSection | None) -> dict[str, torch.Tensor]:
+    """The tensors of a tail without adapters that does what `weights`, of one with them, does: W + alpha / rank B A."""
+    if lora is None:
+        return dict(weights)
+    merged = {}
+    for name, tensor in weights.items():
+        layer, inner, kind = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if inner and kind == "weight":
+            down, up = (weights[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
+            tensor = tensor.float() + lora.alpha / lora.rank * (up @ down)
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged
+
+
+def checkpoint_tail(model: LlamaSwiftKVForCausalLM) -> None:
+    """Keep only each tail layer's input for the backward pass, and run the layer again there.
+
+    The trunk has no backward pass. Nothing in a layer is random, so no state of a generator is kept either.
+    """
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for layer in model.model.layers[model.config.num_key_value_layers :]:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, again
+        layer.training = True  # of the layer alone: transformers asks for it, and its parts stay as they are
 
 
 def use_training_attention(model: Model) -> None:
@@ -62,9 +110,34 @@ def training_attention(*models: Model) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
+@contextmanager
+def layer_by_layer(device: torch.device, model: LlamaSwiftKVForCausalLM) -> Iterator[None]:
+    """Run a model that `device` may be too small for: each part is there only while it runs, and is not changed."""
+    decoder = model.model
+    parts = [decoder.embed_tokens, decoder.rotary_emb, decoder.norm, decoder.norm_swiftkv, *decoder.layers]
+    home: dict[torch.Tensor, torch.Tensor] = {}
+
+    def fetch(module: nn.Module, _inputs: Any) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            home[tensor] = tensor.data
+            tensor.data = tensor.data.to(device)
+
+    def give_back(module: nn.Module, *_: Any) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = home.pop(tensor)
+
+    handles = [part.register_forward_pre_hook(fetch) for part in parts]
+    handles += [part.register_forward_hook(give_back, always_call=True) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def load_trained(model: LlamaSwiftKVForCausalLM, weights: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Put trained tensors into `model`. Raises UserError unless they are exactly its `*_swiftkv` tensors."""
-    parameters = trainable_parameters(model)
+    """Put a tail's tensors into `model`. Raises UserError unless they are exactly its `*_swiftkv` tensors."""
+    parameters = tail_parameters(model)
     if odd := sorted(weights.keys() ^ parameters.keys()):
         raise UserError(f"{origin} does not fit this rewrite: {odd[0]} is on one side only")
     with torch.no_grad():
@@ -83,4 +156,4 @@ def load_exported_tail(model: LlamaSwiftKVForCausalLM, path: str) -> None:
                 f"rewrite.init_from {path} has {name}={getattr(exported.config, name)}, "
                 f"the recipe says {getattr(model.config, name)}"
             )
-    load_trained(model, trainable_parameters(exported), f"rewrite.init_from {path}")
+    load_trained(model, tail_parameters(exported), f"rewrite.init_from {path}")

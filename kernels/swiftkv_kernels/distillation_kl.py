@@ -88,6 +88,21 @@ def distillation_kl_backend(device: torch.device | str) -> str:
     return "triton" if kind == "cuda" and importlib.util.find_spec("triton") else "torch"
 
 
+def distillation_kl_bytes(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
+    """Most bytes that a call for N = rows holds at a time beside its inputs, the gradient it keeps among them.
+
+    dtype is the head's; device_type 'cpu' or 'cuda' (with triton), which need not be present.
+    """
+    on_cpu = device_type == "cpu"
+    reduced = _reduced_dtype(dtype)
+    product = reduced if not on_cpu and dtype.itemsize == 2 else dtype  # as `_product_dtype` finds there
+    chunk, tile = _chunk_and_tile(rows, vocabulary, dtype, product, device_type, "cpu" if on_cpu else "triton", None)
+    products = chunk * vocabulary * (2 * product.itemsize + (dtype.itemsize if product != dtype else 0))
+    work = 3 * tile * vocabulary * reduced.itemsize if on_cpu else 0
+    states = chunk * hidden_size * (reduced.itemsize + 2 * dtype.itemsize)  # the step; both sides' rows
+    return products + work + states + rows * hidden_size * reduced.itemsize
+
+
 class _DistillationKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_hidden, *settings):
@@ -115,17 +130,9 @@ def _chunked_kl(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and, if wanted, its gradient [N, d], in the dtype of the reductions (fp32; fp64 if the head is fp64)."""
     (rows, hidden_size), vocabulary = student_hidden.shape, head_weight.shape[0]
-    device, dtype, on_cpu = head_weight.device, head_weight.dtype, head_weight.device.type == "cpu"
-    reduced = torch.float64 if dtype == torch.float64 else torch.float32
-    product = _product_dtype(dtype, device)
-
-    # Two products per row, and q - p again where the next product needs another dtype than the last one gave.
-    row_bytes = vocabulary * (2 * product.itemsize + (dtype.itemsize if product != dtype else 0))
-    work_bytes = 3 * vocabulary * reduced.itemsize
-    if backend != "triton" and not on_cpu:  # no cache to stay in: a tile is the whole chunk
-        row_bytes += work_bytes
-    chunk = _even_chunk(rows, (chunk_bytes or (_CPU_CHUNK_BYTES if on_cpu else _DEVICE_CHUNK_BYTES)) // row_bytes)
-    tile = _even_chunk(chunk, _CPU_TILE_BYTES // work_bytes) if on_cpu else chunk
+    device, dtype = head_weight.device, head_weight.dtype
+    reduced, product = _reduced_dtype(dtype), _product_dtype(dtype, device)
+    chunk, tile = _chunk_and_tile(rows, vocabulary, dtype, product, device.type, backend, chunk_bytes)
 
     # Allocated once for all chunks: on CPU, fresh pages would cost as much as the arithmetic on them.
     products = torch.empty(2 * chunk, vocabulary, dtype=product, device=device)
@@ -304,6 +311,30 @@ def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
             _matmul(probe, probe, probe.float())
             return torch.float32
     return dtype
+
+
+def _reduced_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunk_and_tile(
+    rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    product: torch.dtype,
+    device_type: str,
+    backend: str,
+    chunk_bytes: int | None,
+) -> tuple[int, int]:
+    """Rows of a chunk, and of a tile of its element-wise passes."""
+    on_cpu = device_type == "cpu"
+    # Two products per row, and q - p again where the next product needs another dtype than the last one gave.
+    row_bytes = vocabulary * (2 * product.itemsize + (dtype.itemsize if product != dtype else 0))
+    work_bytes = 3 * vocabulary * _reduced_dtype(dtype).itemsize
+    if backend != "triton" and not on_cpu:  # no cache to stay in: a tile is the whole chunk
+        row_bytes += work_bytes
+    chunk = _even_chunk(rows, (chunk_bytes or (_CPU_CHUNK_BYTES if on_cpu else _DEVICE_CHUNK_BYTES)) // row_bytes)
+    return chunk, _even_chunk(chunk, _CPU_TILE_BYTES // work_bytes) if on_cpu else chunk
 
 
 def _even_chunk(rows: int, limit: int) -> int:

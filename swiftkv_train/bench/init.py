@@ -56,7 +56,7 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
         }
         for name in found["copy"]
     }
-    model = distillation.accelerator.unwrap_model(distillation.module).model
+    model = distillation.strategy.model
     return {
         "benchmark": "calibrated against copied initialisation, no training",
         "command": " ".join(["swiftkv bench init", recipe, *(overrides or [])]),

@@ -13,26 +13,28 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swiftkv_train.data.files import sha256_of_file
-from swiftkv_train.data.sources import SkippedRows, content_key, open_dataset, read_documents
+from swiftkv_train.data.files import cannot_write, sha256_of_file, temporary_beside
+from swiftkv_train.data.generate import generated_source
+from swiftkv_train.data.identity import identify
+from swiftkv_train.data.sources import SkippedRows, read_documents
 from swiftkv_train.data.tokenize import check_vocabulary, tokenize_documents, tokenizer_fingerprint
 from swiftkv_train.durable import sync
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.recipe import Source
+from swiftkv_train.recipe import ModelSection, Source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+    from swiftkv_train.progress import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,6 @@ FORMAT_VERSION = 1  # Raise it when reading, masking or tokenising changes what 
 ARRAYS: dict[str, np.dtype[Any]] = {"tokens": np.dtype("<i4"), "targets": np.dtype("u1"), "offsets": np.dtype("<i8")}
 STALE_SECONDS = 24 * 3600
 PROGRESS_SECONDS = 10.0
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the source's name and its documents and tokens so far, every ten seconds and once at the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +58,15 @@ class TokenizedSource:
     skipped_rows: int
     fingerprint: str  # of the three arrays' content
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "documents": self.num_documents,
+            "skipped_rows": self.skipped_rows,
+            "tokens": self.num_tokens,
+            "target_tokens": self.num_target_tokens,
+        }
+
 
 def tokenize_source(
     source: Source,
@@ -66,8 +74,9 @@ def tokenize_source(
     *,
     vocab_size: int,
     cache_dir: str | Path,
+    base: ModelSection | None = None,
     tokenizer_fingerprint: str | None = None,
-    progress: Progress | None = None,
+    report: Reporter | None = None,
 ) -> TokenizedSource:
     """A source's tokens, from the cache where they are, else made and cached.
 
@@ -75,6 +84,7 @@ def tokenize_source(
 
     Args:
         vocab_size: of the model; ids outside it are refused.
+        base: the model that a `generate` source has its text from.
         tokenizer_fingerprint: `tokenize.tokenizer_fingerprint(tokenizer)`, where the caller has it for several sources.
 
     Raises:
@@ -82,17 +92,25 @@ def tokenize_source(
         RunError: the cache cannot be written.
     """
     check_vocabulary(tokenizer, vocab_size)
-    dataset = open_dataset(source) if source.path is None else None
-    entry = Path(cache_dir) / _cache_key(source, dataset, tokenizer, tokenizer_fingerprint, vocab_size)
+    if source.generate is not None:
+        if base is None:
+            raise UserError(f"source {source.name!r} is said by a base, and none is known here; give text instead")
+        source = generated_source(source, base, tokenizer, cache_dir, report)
+    identity = identify(source, cache_dir)
+    entry = Path(cache_dir) / _cache_key(source, identity.key, tokenizer, tokenizer_fingerprint, vocab_size)
     found = _open_entry(entry, source.name)
     if found is not None:
+        if identity.unreadable is not None:
+            logger.warning("%s; its tokens prepared before are used", identity.unreadable)
         if found.skipped_rows:
             logger.warning("source %r: %d rows were skipped when it was cached", source.name, found.skipped_rows)
-        if progress is not None:
-            progress(source.name, found.num_documents, found.num_tokens)
+        if report is not None:
+            report.tokenising(source.name, found.num_documents, found.num_tokens)
         return found
+    if identity.unreadable is not None:
+        raise identity.unreadable
     for _ in range(3):  # Another process may move a damaged entry away just when this one has been put in its place.
-        _build_entry(entry, source, dataset, tokenizer, vocab_size, progress)
+        _build_entry(entry, source, tokenizer, vocab_size, report)
         found = _open_entry(entry, source.name)
         if found is not None:
             return found
@@ -102,16 +120,16 @@ def tokenize_source(
 
 
 def _cache_key(
-    source: Source, dataset: Any, tokenizer: PreTrainedTokenizerBase, known_tokenizer: str | None, vocab_size: int
+    source: Source, content: Any, tokenizer: PreTrainedTokenizerBase, known_tokenizer: str | None, vocab_size: int
 ) -> str:
-    content = {
+    key = {
         "format": FORMAT_VERSION,
-        "content": content_key(source, dataset),
+        "content": content,
         "source": source.model_dump(include={"field", "kind", "max_documents"}),
         "tokenizer": known_tokenizer or tokenizer_fingerprint(tokenizer),
         "vocab_size": vocab_size,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def _open_entry(entry: Path, name: str) -> TokenizedSource | None:
@@ -148,43 +166,35 @@ def _open_entry(entry: Path, name: str) -> TokenizedSource | None:
 def _build_entry(
     entry: Path,
     source: Source,
-    dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    progress: Progress | None,
+    report: Reporter | None,
 ) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(entry.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name[:16]}-", suffix=".tmp", dir=entry.parent))
+        temporary = temporary_beside(entry)
+        temporary.mkdir()
     except OSError as error:
-        raise _cannot_write(entry.parent, error) from None
+        raise cannot_write(entry.parent, error) from None
     try:
-        _write_entry(temporary, source, dataset, tokenizer, vocab_size, progress)
+        _write_entry(temporary, source, tokenizer, vocab_size, report)
         _publish(temporary, entry)
     except OSError as error:
-        raise _cannot_write(entry.parent, error) from None
+        raise cannot_write(entry.parent, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cannot_write(cache_dir: Path, error: OSError) -> RunError:
-    return RunError(
-        f"token cache {cache_dir} cannot be written: {error.strerror or error}; "
-        "free space or set data.cache_dir to another place"
-    )
 
 
 def _write_entry(
     directory: Path,
     source: Source,
-    dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    progress: Progress | None,
+    report: Reporter | None,
 ) -> None:
     skipped = SkippedRows(source.name)
-    documents = read_documents(source, skipped, dataset)
+    documents = read_documents(source, skipped)
     files = {array: _HashedFile(directory / f"{array}.bin") for array in ARRAYS}
     num_documents = num_tokens = num_targets = 0
     reported = time.monotonic()
@@ -197,14 +207,14 @@ def _write_entry(
             files["tokens"].write(ids.astype(ARRAYS["tokens"], copy=False))
             files["targets"].write(targets)
             files["offsets"].write(np.array([num_tokens], ARRAYS["offsets"]))
-            if progress is not None and time.monotonic() - reported > PROGRESS_SECONDS:
+            if report is not None and time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
-                progress(source.name, num_documents, num_tokens)
+                report.tokenising(source.name, num_documents, num_tokens)
     finally:
         written = {array: file.close() for array, file in files.items()}
     skipped.summarise(num_documents)
-    if progress is not None:
-        progress(source.name, num_documents, num_tokens)
+    if report is not None:
+        report.tokenising(source.name, num_documents, num_tokens)
     meta = {
         "source": source.name,
         "num_documents": num_documents,
@@ -250,7 +260,7 @@ def _publish(temporary: Path, entry: Path) -> None:
                 raise
         if _open_entry(entry, "") is not None:
             return
-        damaged = Path(tempfile.mkdtemp(prefix=".damaged-", suffix=".tmp", dir=entry.parent))
+        damaged = temporary_beside(entry)
         with suppress(FileNotFoundError):  # Another process may just have moved it away as well.
             entry.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)

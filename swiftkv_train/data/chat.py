@@ -6,7 +6,9 @@ It is found by where it stands, never by searching for its text, so a reply repe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 # Some templates (Llama 3.2) print today's date, so the tokens would change every day; they honour `date_string`.
 DATE_STRING = "26 Jul 2024"
 
-Span = tuple[int, int]
+PLACEHOLDER = "\ue000"  # for private use: no template writes it or strips it
+MAX_LAYOUTS = 4096
+
+Rendered: TypeAlias = "tuple[str, list[tuple[int, int]]]"
+"""A chat as text, and where its replies stand in it."""
 
 
 def check_can_chat(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -36,22 +42,78 @@ def check_can_chat(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise UserError(f"{where} is a chat, which needs a tokenizer with offsets (a tokenizer.json beside the model)")
 
 
-def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
-    """The text of a chat and the character spans of its replies.
+class ChatRenderer:
+    """Chats as text with the character spans of their replies, by one rendering a chat.
 
-    A span holds the reply and its end-of-turn token, but not the whitespace the template puts after it.
-
-    Raises:
-        BadRow: the template refuses this chat.
-        UserError: the template rewrites earlier turns, so that a reply's place cannot be told.
+    Where replies stand takes two renderings a reply to find. That depends on the roles alone, as a rule, so it is found
+    once for every sequence of roles, on contents that are all `PLACEHOLDER`, and moved to what a chat says. A chat that
+    the template lays out in another way (because of what it says) is rendered piece by piece itself.
     """
-    text = _render(messages, tokenizer, generation_prompt=False)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._layouts: dict[tuple[str, ...], Rendered | None] = {}
+
+    def render(self, messages: Messages, where: str) -> Rendered:
+        """The text of a chat and the character spans of its replies.
+
+        A span holds the reply and its end-of-turn token, but not the whitespace the template puts after it.
+
+        Raises:
+            BadRow: the template refuses this chat.
+            UserError: the template rewrites earlier turns, so that a reply's place cannot be told.
+        """
+        layout = self._layout(tuple(message["role"] for message in messages))
+        if layout is not None:
+            text = render(messages, self.tokenizer, generation_prompt=False)
+            contents = [message["content"] for message in messages]
+            for said in (contents, [content.strip() for content in contents]):  # some templates strip
+                filled = _fill(layout, said)
+                if filled[0] == text:
+                    return filled
+        return _render_piece_by_piece(messages, self.tokenizer, where)
+
+    def _layout(self, roles: tuple[str, ...]) -> Rendered | None:
+        """A chat of placeholders with these roles; None where the template does not only append to it."""
+        if roles in self._layouts:
+            return self._layouts[roles]
+        if len(self._layouts) >= MAX_LAYOUTS:
+            self._layouts.clear()
+        messages = [{"role": role, "content": PLACEHOLDER} for role in roles]
+        longer = next((item for known, item in self._layouts.items() if item and known[: len(roles)] == roles), None)
+        found: Rendered | None
+        try:
+            text = render(messages, self.tokenizer, generation_prompt=False)
+            if longer is not None and longer[0].startswith(text):
+                found = text, longer[1][: roles.count("assistant")]
+            else:
+                found = _render_piece_by_piece(messages, self.tokenizer, "")
+        except (BadRow, UserError):
+            found = None
+        self._layouts[roles] = found
+        return found
+
+
+def _fill(layout: Rendered, contents: list[str]) -> Rendered:
+    """A rendering of placeholders with `contents` in their places; ("", []) where it has not as many places."""
+    text, spans = layout
+    literals = text.split(PLACEHOLDER)
+    if len(literals) != len(contents) + 1:
+        return "", []
+    filled = "".join(chain.from_iterable(zip(literals, [*contents, ""], strict=True)))
+    ends = list(accumulate(len(literal) + len(PLACEHOLDER) for literal in literals[:-1]))  # of placeholders in `text`
+    shifts = list(accumulate((len(content) - len(PLACEHOLDER) for content in contents), initial=0))  # of what follows
+    return filled, [(start + shifts[bisect(ends, start)], end + shifts[bisect(ends, end)]) for start, end in spans]
+
+
+def _render_piece_by_piece(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
+    text = render(messages, tokenizer, generation_prompt=False)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[:i], tokenizer, generation_prompt=True)
-        after = text if i + 1 == len(messages) else _render(messages[: i + 1], tokenizer, generation_prompt=False)
+        before = render(messages[:i], tokenizer, generation_prompt=True)
+        after = text if i + 1 == len(messages) else render(messages[: i + 1], tokenizer, generation_prompt=False)
         if not after.startswith(before) or not text.startswith(after):
             raise UserError(
                 f"{where}: the tokenizer's chat template rewrites earlier turns (message {i} does not continue the "
@@ -66,7 +128,7 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: s
 
 
 def tokenize_chats(
-    chats: list[ChatDocument], tokenizer: PreTrainedTokenizerBase
+    chats: list[ChatDocument], renderer: ChatRenderer
 ) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]] | BadRow]:
     """For each chat its token ids [n] and which of them are the assistant's [n], or why it cannot be used.
 
@@ -75,11 +137,12 @@ def tokenize_chats(
     """
     if not chats:
         return []
+    tokenizer = renderer.tokenizer
     check_can_chat(tokenizer, chats[0].location)
-    rendered: list[tuple[str, list[Span]] | BadRow] = []
+    rendered: list[Rendered | BadRow] = []
     for chat in chats:
         try:
-            rendered.append(render_chat(chat.messages, tokenizer, chat.location))
+            rendered.append(renderer.render(chat.messages, chat.location))
         except BadRow as reason:
             rendered.append(reason)
     texts = [item[0] for item in rendered if not isinstance(item, BadRow)]
@@ -109,7 +172,7 @@ def tokenize_chats(
     return results
 
 
-def tokens_in_spans(offsets: NDArray[np.int64], spans: list[Span]) -> NDArray[np.bool_]:
+def tokens_in_spans(offsets: NDArray[np.int64], spans: list[tuple[int, int]]) -> NDArray[np.bool_]:
     """Which tokens overlap one of the character spans: offsets [n, 2] to bool [n]."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     # With `trim_offsets` (Llama 3) a token of whitespace is reported as empty, at its end: it stands before that place.
@@ -120,7 +183,8 @@ def tokens_in_spans(offsets: NDArray[np.int64], spans: list[Span]) -> NDArray[np
     return inside
 
 
-def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool) -> str:
+def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool) -> str:
+    """Messages through the chat template. Raises BadRow when the template refuses them."""
     import jinja2
 
     try:

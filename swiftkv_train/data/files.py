@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 from swiftkv_train.checksum import sha256_of
-from swiftkv_train.errors import UserError
+from swiftkv_train.durable import sync
+from swiftkv_train.errors import RunError, UserError
 
 
 def sha256_of_file(path: Path) -> str:
@@ -14,3 +16,28 @@ def sha256_of_file(path: Path) -> str:
         return sha256_of(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Give a file new content, whole or not at all, whoever else writes it at the same time. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name of its own for what becomes `path`. (What `tempfile` makes, others who share the cache cannot read.)"""
+    return path.with_name(f".{path.name[:16]}-{uuid.uuid4().hex}.tmp")
+
+
+def cannot_write(cache_dir: Path, error: OSError) -> RunError:
+    return RunError(
+        f"token cache {cache_dir} cannot be written: {error.strerror or error}; "
+        "free space or set data.cache_dir to another place"
+    )

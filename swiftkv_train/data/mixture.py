@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,14 @@ class Batch:
     def share(self, rank: int, ranks: int) -> Batch:
         """Every `ranks`-th sequence, from `rank` on: what one process of several works on."""
         return self._map(lambda tensor: tensor[rank::ranks])
+
+    def model_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """input_ids, position_ids and loss_mask."""
+        return self.input_ids, self.position_ids, self.loss_mask
+
+    def without_loss(self) -> Batch:
+        """The same with no loss position."""
+        return replace(self, loss_mask=self.loss_mask & False)
 
     def split(self, sequences: int) -> list[Batch]:
         """Micro-batches of at most `sequences` sequences."""
@@ -146,11 +154,7 @@ class TrainingData:
         """One row per source: what it holds, how it packs, and its share of the stream."""
         return [
             {
-                "name": packed.source.name,
-                "documents": packed.source.num_documents,
-                "skipped_rows": packed.source.skipped_rows,
-                "tokens": packed.source.num_tokens,
-                "target_tokens": packed.source.num_target_tokens,
+                **packed.source.describe(),
                 "sequences": packed.num_sequences,
                 "loss_positions": packed.num_loss_positions,
                 "dropped_tokens": packed.num_dropped_tokens,

@@ -12,15 +12,14 @@ import glob
 import gzip
 import json
 import logging
-import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
 from swiftkv_train.data.documents import KNOWN_COLUMNS, BadRow, Document, TextDocument, document_from_row
-from swiftkv_train.data.files import sha256_of_file
 from swiftkv_train.errors import UserError
 from swiftkv_train.recipe import Source
 
@@ -79,26 +78,39 @@ def resolve_files(source: Source) -> list[Path]:
     return files
 
 
-def file_identities(source: Source) -> dict[tuple[int, int], Path]:
-    """Device and inode of every file of a source: links to one file are one file."""
-    identities = {}
-    for path in resolve_files(source):
-        status = os.stat(path)
-        identities[status.st_dev, status.st_ino] = path
-    return identities
+def dataset_revision(source: Source) -> list[str | None]:
+    """What a `dataset` source is known by: its name, configuration, version, revision (of a hub dataset the commit, of
+    a local directory a hash of its files' names and times) and split. Nothing is downloaded but its description.
+
+    Raises:
+        UserError: see `open_dataset`.
+    """
+    import datasets
+
+    with _loading(source):
+        builder = datasets.load_dataset_builder(source.dataset, source.subset, revision=source.revision)
+    return [source.dataset, builder.config_id, str(builder.config.version), str(builder.hash), source.split]
 
 
 def open_dataset(source: Source) -> Any:
-    """The `datasets.Dataset` a `dataset` source names.
+    """The `datasets.Dataset` a `dataset` source names; an `IterableDataset` where it is `streaming`.
 
     Raises:
         UserError: it cannot be loaded, for whatever reason the library has.
     """
     import datasets
 
-    assert source.dataset is not None
+    with _loading(source):
+        dataset = datasets.load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    return dataset
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
     try:
-        return datasets.load_dataset(source.dataset, source.subset, split=source.split)
+        yield
     except Exception as error:  # The library raises some twenty unrelated types: hub, network, parsing, missing split.
         reason = " ".join(str(error).split()) or type(error).__name__
         full_name = source.dataset if source.subset is None else f"{source.dataset}/{source.subset}"
@@ -108,26 +120,15 @@ def open_dataset(source: Source) -> Any:
         ) from None
 
 
-def content_key(source: Source, dataset: Any = None) -> Any:
-    """What the content of a source is known by: (format, size, SHA-256) of every file, or the dataset's fingerprint."""
-    if source.path is None:
-        return {"dataset": dataset._fingerprint}
-    return [[*_format_and_packing(path), path.stat().st_size, sha256_of_file(path)] for path in resolve_files(source)]
-
-
-def read_documents(source: Source, skipped: SkippedRows | None = None, dataset: Any = None) -> Iterator[Document]:
-    """The documents of a source, at most `max_documents`; rows of no use are reported to `skipped`.
-
-    Args:
-        dataset: what `open_dataset` returned, where the caller has it already.
+def read_documents(source: Source, skipped: SkippedRows | None = None) -> Iterator[Document]:
+    """The documents of a `path` or `dataset` source, at most `max_documents`; rows of no use go to `skipped`.
 
     Raises:
         UserError: a missing path, an unreadable or damaged file, text that is not UTF-8, a dataset that will not load.
     """
     skipped = SkippedRows(source.name) if skipped is None else skipped
     if source.path is None:
-        dataset = open_dataset(source) if dataset is None else dataset
-        documents = _dataset_documents(source, dataset, skipped)
+        documents = _dataset_documents(source, skipped)
     else:
         documents = (document for path in resolve_files(source) for document in _file_documents(source, path, skipped))
     return islice(documents, source.max_documents)
@@ -154,16 +155,25 @@ def _file_documents(source: Source, path: Path, skipped: SkippedRows) -> Iterato
             skipped.add(location, str(reason))
 
 
-def _dataset_documents(source: Source, dataset: Any, skipped: SkippedRows) -> Iterator[Document]:
-    columns = _wanted_columns(source, dataset.column_names)
-    for number, row in enumerate(dataset.select_columns(columns) if columns else ()):
-        location = f"{source.dataset}[{source.split}]:{number}"
+def _dataset_documents(source: Source, skipped: SkippedRows) -> Iterator[Document]:
+    dataset = open_dataset(source)
+    location = f"{source.dataset}[{source.split}]"
+    if dataset.column_names is not None:  # A streamed dataset may not know them before its first row.
+        columns = _wanted_columns(source, dataset.column_names)
+        if not columns:
+            skipped.add(location, f"no usable column among {', '.join(dataset.column_names)}")
+            return
+        dataset = dataset.select_columns(columns)
+    for number, row in enumerate(_dataset_rows(source, dataset)):
         try:
-            yield document_from_row(row, location, source)
+            yield document_from_row(row, f"{location}:{number}", source)
         except BadRow as reason:
-            skipped.add(location, str(reason))
-    if not columns:
-        skipped.add(f"{source.dataset}[{source.split}]", f"no usable column among {', '.join(dataset.column_names)}")
+            skipped.add(f"{location}:{number}", str(reason))
+
+
+def _dataset_rows(source: Source, dataset: Any) -> Iterator[Any]:
+    with _loading(source):  # A streamed dataset is downloaded while it is read.
+        yield from dataset
 
 
 def _jsonl_rows(source: Source, path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
@@ -253,11 +263,11 @@ def _guarded(file: IO[bytes], path: Path) -> Iterator[bytes]:
 
 
 def _format_of(path: Path) -> str | None:
-    form, _ = _format_and_packing(path)
+    form, _ = format_and_packing(path)
     return form
 
 
-def _format_and_packing(path: Path) -> tuple[str | None, str]:
+def format_and_packing(path: Path) -> tuple[str | None, str]:
     if path.suffix == ".gz":
         form = FORMATS.get(path.with_suffix("").suffix)
         return (None if form == "parquet" else form), "gz"

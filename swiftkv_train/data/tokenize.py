@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from swiftkv_train.data.chat import tokenize_chats
+from swiftkv_train.data.chat import ChatRenderer, tokenize_chats
 from swiftkv_train.data.documents import BadRow, ChatDocument, Document, TextDocument, TokenDocument
 from swiftkv_train.data.sources import SkippedRows
 from swiftkv_train.errors import UserError
@@ -43,11 +43,12 @@ def tokenize_documents(
     Raises:
         UserError: an id outside the vocabulary, or a chat the tokenizer cannot render (see chat.py).
     """
+    renderer = ChatRenderer(tokenizer)
     for batch in _batches(documents):
         texts = [document for document in batch if isinstance(document, TextDocument)]
         chats = [document for document in batch if isinstance(document, ChatDocument)]
         text_ids = iter(_tokenize_texts(texts, tokenizer))
-        chat_tokens = iter(tokenize_chats(chats, tokenizer))
+        chat_tokens = iter(tokenize_chats(chats, renderer))
         for document in batch:
             if isinstance(document, TokenDocument):
                 _check_ids(document.input_ids, vocab_size, document.location)

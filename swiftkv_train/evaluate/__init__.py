@@ -90,11 +90,14 @@ def evaluate(
     length = recipe.data.sequence_length if recipe else 512
     cache_dir = recipe.data.cache_dir if recipe else "outputs/token-cache"
     pad = pad_token_id(tokenizer)
+    said_by = recipe.model.model_copy(update={"base": base}) if recipe else None  # what a `generate` source is
 
     figures: dict[str, Any] = {}
     pooled = []
     for source in sources:
-        tokenized = tokenize_source(source, tokenizer, vocab_size=vocabularies[0], cache_dir=cache_dir)
+        tokenized = tokenize_source(
+            source, tokenizer, vocab_size=vocabularies[0], cache_dir=cache_dir, base=said_by, report=report
+        )
         batches = held_out_batches(tokenized, length, tokens, 4, pad)
         total = sum(batch.input_ids.numel() for batch in batches)
         with (

@@ -19,7 +19,7 @@ from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_in_clean_process
 from swiftkv_train.loading import load_tokenizer, one_line
 from swiftkv_train.run_directory import RunDirectory
-from swiftkv_train.student import build_model, load_trained
+from swiftkv_train.student import build_model, load_trained, merge_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,11 +43,11 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     final = Path(to)
     if final.exists():
         raise UserError(f"{final} already exists; choose another directory or remove it")
-    checkpoint = run.last_checkpoint()
+    checkpoint = run.last_checkpoint(report)
     recipe = run.recipe()
     report(f"run         {run.path}, step {checkpoint.step} of {recipe.training.steps}")
     model = build_model(recipe)
-    load_trained(model, checkpoint.weights(), str(checkpoint.path))
+    load_trained(model, merge_adapters(checkpoint.weights(), recipe.training.lora), str(checkpoint.path))
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     provenance = {
         "base": recipe.model.base,
@@ -133,7 +133,7 @@ def _share(directory: Path) -> None:
 
 def last_held_out(run: RunDirectory) -> dict[str, Any] | None:
     """The newest held-out figures that a run logged: source name -> figures."""
-    return next((row["held_out"] for row in reversed(run.metrics()) if "held_out" in row), None)
+    return next((row["held_out"] for row in reversed(run.metrics.rows()) if "held_out" in row), None)
 
 
 __all__ = ["RunError", "export"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swiftkv_train.data import ChatDocument, TextDocument, TokenDocument
-from swiftkv_train.data.chat import tokenize_chats, tokens_in_spans
+from swiftkv_train.data.chat import ChatRenderer, tokenize_chats, tokens_in_spans
 from swiftkv_train.data.documents import BadRow
 from swiftkv_train.data.sources import SkippedRows
 from swiftkv_train.data.tokenize import tokenize_documents
@@ -40,7 +40,7 @@ CHATS = {
 
 
 def masked_text(tokenizer, messages) -> str:
-    ((ids, targets),) = tokenize_chats([ChatDocument("here", messages)], tokenizer)
+    ((ids, targets),) = tokenize_chats([ChatDocument("here", messages)], ChatRenderer(tokenizer))
     assert len(ids) == len(targets)
     return tokenizer.decode(ids[targets])
 
@@ -53,7 +53,7 @@ def said(messages) -> str:
 @pytest.mark.parametrize("name", CHATS)
 def test_the_mask_is_what_the_assistant_said_with_its_end_of_turn(name, trim_offsets, make_tokenizer):
     tokenizer = make_tokenizer(trim_offsets=trim_offsets)
-    ((ids, targets),) = tokenize_chats([ChatDocument("here", CHATS[name])], tokenizer)
+    ((ids, targets),) = tokenize_chats([ChatDocument("here", CHATS[name])], ChatRenderer(tokenizer))
     expected = tokenizer.apply_chat_template(CHATS[name], return_dict=False)
     assert ids.tolist() == expected
     assert tokenizer.decode(ids[targets]) == said(CHATS[name])
@@ -66,7 +66,7 @@ def test_masks_agree_with_generation_marks(name, trim_offsets, make_tokenizer, g
     # With trimmed offsets transformers loses a reply that begins with a space, so its masks are made without.
     exact = make_tokenizer(trim_offsets=False, chat_template=generation_template)
     theirs = exact.apply_chat_template(CHATS[name], return_dict=True, return_assistant_tokens_mask=True)
-    ((ids, targets),) = tokenize_chats([ChatDocument("here", CHATS[name])], tokenizer)
+    ((ids, targets),) = tokenize_chats([ChatDocument("here", CHATS[name])], ChatRenderer(tokenizer))
     assert ids.tolist() == theirs["input_ids"]
     assert targets.astype(int).tolist() == theirs["assistant_masks"]
 
@@ -79,11 +79,49 @@ def test_random_chats_agree_with_generation_marks(make_tokenizer, generation_tem
     for _ in range(60):
         texts = ["".join(random.choices(words, k=random.randint(1, 6))) + "." for _ in range(2 * random.randint(1, 4))]
         chats.append(chat(*texts, system=random.choice([None, "Yes", "No dog"])))
-    found = tokenize_chats([ChatDocument(str(i), messages) for i, messages in enumerate(chats)], tokenizer)
+    found = tokenize_chats(
+        [ChatDocument(str(i), messages) for i, messages in enumerate(chats)], ChatRenderer(tokenizer)
+    )
     for messages, (ids, targets) in zip(chats, found, strict=True):
         theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert ids.tolist() == theirs["input_ids"]
         assert targets.astype(int).tolist() == theirs["assistant_masks"]
+
+
+def test_chats_of_the_same_roles_are_rendered_once_each(tokenizer, monkeypatch):
+    long = chat(*["No", "I do not know"] * 40)
+    chats = [long, long[:10], *(chat(f"{i}?", f" No. {i} \n") for i in range(20)), CHATS["ends with the user"]]
+    renderer = ChatRenderer(tokenizer)
+    tokenize_chats([ChatDocument("x", messages) for messages in chats], renderer)
+    calls = []
+    apply = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or apply(*a, **k))
+    found = tokenize_chats([ChatDocument("x", messages) for messages in chats], renderer)
+    assert len(calls) == len(chats)
+    assert [tokenizer.decode(ids[targets]) for ids, targets in found] == [said(messages) for messages in chats]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_chats_that_begin_alike_in_any_order(order, tokenizer):
+    whole = chat(*["No", "Yes", "What?", "I do not know"] * 3, system="Answer.")
+    chats = [whole[:length] for length in range(3, len(whole) + 1)][::order]
+    found = tokenize_chats([ChatDocument("x", messages) for messages in chats], ChatRenderer(tokenizer))
+    assert [tokenizer.decode(ids[targets]) for ids, targets in found] == [said(messages) for messages in chats]
+
+
+def test_templates_that_strip_or_change_what_is_said(tokenizer):
+    contents = [" Hi \n", "  two\n\n lines \n", "No ", "loud dog "]
+    for change, expected in (
+        ("m.content | trim", "two\n\n lines<|im_end|>loud dog<|im_end|>"),
+        ("m.content | trim if m.role == 'user' else m.content", "".join(f"{contents[i]}<|im_end|>" for i in (1, 3))),
+        ("(m.content | upper) if 'loud' in m.content else m.content", f"{contents[1]}<|im_end|>LOUD DOG <|im_end|>"),
+        ("(loop.index0 ~ m.content) * 2", f"{('1' + contents[1]) * 2}<|im_end|>{('3' + contents[3]) * 2}<|im_end|>"),
+    ):
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{{ " + change + " }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        assert masked_text(tokenizer, chat(*contents)) == expected
 
 
 def test_a_template_without_newline_at_the_end(tokenizer):
@@ -113,7 +151,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     )
     assert masked_text(tokenizer, chat("Hi", "<think>so</think>Hello")) == "<think>so</think>Hello<|im_end|>"
     with pytest.raises(UserError, match=r"^there:3: the tokenizer's chat template rewrites earlier turns"):
-        tokenize_chats([ChatDocument("there:3", chat("Hi", "<think>so</think>Hello", "And?", "No"))], tokenizer)
+        tokenize_chats(
+            [ChatDocument("there:3", chat("Hi", "<think>so</think>Hello", "And?", "No"))], ChatRenderer(tokenizer)
+        )
 
 
 def test_a_generation_prompt_that_no_reply_continues_is_refused(tokenizer):
@@ -131,19 +171,20 @@ def test_a_chat_the_template_refuses_is_a_bad_row_among_good_ones(tokenizer):
         + tokenizer.chat_template
     )
     names = ("one turn", "own system prompt", "emoji")
-    first, second, third = tokenize_chats([ChatDocument(name, CHATS[name]) for name in names], tokenizer)
+    first, second, third = tokenize_chats([ChatDocument(name, CHATS[name]) for name in names], ChatRenderer(tokenizer))
     assert isinstance(second, BadRow)
     assert str(second) == "the chat template refuses it: no system role here"
     assert tokenizer.decode(first[0][first[1]]) == said(CHATS["one turn"])
     assert tokenizer.decode(third[0][third[1]]) == said(CHATS["emoji"])
     assert all(
-        isinstance(r, BadRow) for r in tokenize_chats([ChatDocument("x", CHATS["own system prompt"])], tokenizer)
+        isinstance(r, BadRow)
+        for r in tokenize_chats([ChatDocument("x", CHATS["own system prompt"])], ChatRenderer(tokenizer))
     )
 
 
 def test_no_chat_template_is_the_users_error(make_tokenizer):
     with pytest.raises(UserError, match=r"^a\.jsonl:1 is a chat, but the tokenizer has no chat template"):
-        tokenize_chats([ChatDocument("a.jsonl:1", CHATS["one turn"])], make_tokenizer(chat_template=None))
+        tokenize_chats([ChatDocument("a.jsonl:1", CHATS["one turn"])], ChatRenderer(make_tokenizer(chat_template=None)))
 
 
 def test_the_date_in_a_template_does_not_change_the_tokens(tokenizer):
@@ -151,8 +192,8 @@ def test_the_date_in_a_template_does_not_change_the_tokens(tokenizer):
         "{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}"
         "{{ date_string }}" + tokenizer.chat_template
     )
-    ((first, _),) = tokenize_chats([ChatDocument("x", CHATS["many turns"])], tokenizer)
-    ((second, _),) = tokenize_chats([ChatDocument("x", CHATS["many turns"])], tokenizer)
+    ((first, _),) = tokenize_chats([ChatDocument("x", CHATS["many turns"])], ChatRenderer(tokenizer))
+    ((second, _),) = tokenize_chats([ChatDocument("x", CHATS["many turns"])], ChatRenderer(tokenizer))
     assert first.tolist() == second.tolist()
 
 

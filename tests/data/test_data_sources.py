@@ -235,7 +235,7 @@ def test_a_hub_dataset_is_asked_for_as_the_source_says_and_failure_is_one_line(m
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = Source(name="s", dataset="org/set", subset="en", split="test", max_documents=1)
     assert list(read_documents(source)) == [TextDocument("org/set[test]:0", "a")]
-    assert calls == [(("org/set", "en"), {"split": "test"})]
+    assert calls == [(("org/set", "en"), {"split": "test", "revision": None, "streaming": False})]
     with pytest.raises(UserError) as error:
         list(read_documents(Source(name="s", dataset="org/gone")))
     assert str(error.value).startswith(

@@ -10,8 +10,9 @@ import datasets
 import pytest
 import torch
 
-from swiftkv_train.data import load_held_out, load_training_data
+from swiftkv_train.data import identity, load_held_out, load_training_data
 from swiftkv_train.errors import UserError
+from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import DataSection, Source
 
 
@@ -34,10 +35,10 @@ def section(write_jsonl, tmp_path):
     return make
 
 
-def test_a_recipe_becomes_a_stream(section, tokenizer):
-    calls: list[str] = []
-    data = load_training_data(section(), tokenizer, 400, 2, progress=lambda name, *_: calls.append(name))
-    assert calls == ["prose", "chats"]
+def test_a_recipe_becomes_a_stream(section, tokenizer, capsys):
+    data = load_training_data(section(), tokenizer, 400, 2, report=Reporter())
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in told] == ["tokenised   prose", "tokenised   chats"]
     assert [row["share"] for row in data.describe()] == [0.25, 0.75]
     batch = data.batch(0, 8)
     assert batch.source_ids.bincount().tolist() == [2, 6]
@@ -77,7 +78,8 @@ def test_a_held_out_glob_that_touches_a_training_file_is_refused(section, tokeni
 
 
 def test_a_held_out_split_that_is_trained_on_is_refused(section, tokenizer, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list([{"text": split}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: datasets.Dataset.from_list([{"text": split}]))
+    monkeypatch.setattr(identity, "dataset_revision", lambda source: [source.dataset, source.split])
     train = [Source(name="hub", dataset="org/set", split="train")]
     with pytest.raises(UserError, match="reads split 'train' of dataset org/set, which train source 'hub'"):
         load_held_out(section([Source(name="test", dataset="org/set")], train), tokenizer, 400)

@@ -44,7 +44,7 @@ def test_the_checkpoint_is_whole_and_holds_no_dead_weight(project):
     assert "modeling_llama_swiftkv.py" in names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     assert [path.name for path in project.checkpoint.parent.iterdir() if path.name.startswith(".")] == []
-    trained = RunDirectory.open(project.run).last_checkpoint().weights()
+    trained = RunDirectory.open(project.run).checkpoints()[-1].weights()
     stored = load_file(project.checkpoint / "model.safetensors")
     assert "lm_head.weight" not in stored  # tied
     assert not [name for name in stored if ".3.self_attn.q_proj." in name]
@@ -128,7 +128,7 @@ def test_fetch_and_calibrate_and_export_without_a_step(tmp_path):
     result = run_process("calibrate", recipe, cwd=tmp_path)
     assert result.status == 0, result.err
     assert "R²" in result.err
-    assert RunDirectory.open(tmp_path / "outputs/debug/run").last_checkpoint().step == 0
+    assert RunDirectory.open(tmp_path / "outputs/debug/run").checkpoints()[-1].step == 0
     exported = run_here("export", "outputs/debug/run", "--to", "c", cwd=tmp_path)
     assert exported.status == 0, exported.err
     config = json.loads((tmp_path / "c/config.json").read_text())

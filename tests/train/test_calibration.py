@@ -72,7 +72,7 @@ def test_equals_least_squares_on_the_real_tokens(family, group, batches):
     inputs, targets = inputs_and_targets(base, batches)
     expected = [ridge_by_least_squares(inputs, target, 1e-2, family == "bias") for target in targets]
     model = rewrite(copy.deepcopy(base), num_key_value_layers=FIRST, key_value_group_size=group)
-    moments = accumulate_moments(model, batches)
+    moments = accumulate_moments(model, batches, "cpu")
     assert int(moments.tokens) == len(inputs) == 4 * (33 + 26 + 13)
     fits = solve(model, moments, 1e-2)
     # fp64 normal equations of a system with ridge 1e-2, whose condition number is below 1e4: 1e-12 x 1e4.
@@ -106,7 +106,7 @@ def test_recovers_an_exactly_linear_tail_and_with_it_the_base(family, batches):
     ids = random_ids(2, 19, seed=5)
     with torch.no_grad():
         wrong = float((model(ids).logits - base(ids).logits).abs().max())
-        fits = solve(model, accumulate_moments(model, batches), 1e-14)
+        fits = solve(model, accumulate_moments(model, batches, "cpu"), 1e-14)
         assert all(fit.r2_keys > 1 - 1e-9 and fit.r2_values > 1 - 1e-9 for fit in fits)
         weights = base.model.layers
         for index in range(FIRST, 6):
@@ -121,7 +121,7 @@ def test_recovers_an_exactly_linear_tail_and_with_it_the_base(family, batches):
 def test_what_stands_in_the_padding_does_not_matter(batches):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST)
     others = [replace(batch, input_ids=batch.input_ids.masked_fill(~batch.token_mask, 41)) for batch in batches]
-    plain, changed = accumulate_moments(model, batches), accumulate_moments(model, others)
+    plain, changed = accumulate_moments(model, batches, "cpu"), accumulate_moments(model, others, "cpu")
     for one, other in zip(plain.tensors(), changed.tensors(), strict=True):
         assert torch.equal(one, other)
 
@@ -129,7 +129,7 @@ def test_what_stands_in_the_padding_does_not_matter(batches):
 def test_only_key_and_value_projections_of_leaders_are_set(batches):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST, key_value_group_size=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    solve(model, accumulate_moments(model, batches), 1e-3)
+    solve(model, accumulate_moments(model, batches, "cpu"), 1e-3)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     attention = "model.layers.{}.self_attn.{}_proj_swiftkv.weight"
     assert changed == {attention.format(layer, kind) for layer in (2, 4) for kind in "kv"}
@@ -137,6 +137,6 @@ def test_only_key_and_value_projections_of_leaders_are_set(batches):
 
 def test_too_few_tokens_without_ridge_are_noticed(batches):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST)
-    moments = accumulate_moments(model, [packed_batch(1, 9, 0, 0)])
+    moments = accumulate_moments(model, [packed_batch(1, 9, 0, 0)], "cpu")
     with pytest.raises(torch.linalg.LinAlgError):
         solve(model, moments, 0.0)

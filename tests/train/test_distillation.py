@@ -2,21 +2,18 @@
 
 import copy
 import math
-import shutil
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from debug_recipe import comparable, metrics
 from swiftkv_models import rewrite
 from swiftkv_train.data import Batch
 from swiftkv_train.distill import Distillation, DistillationModule, distill, learning_rate
 from swiftkv_train.errors import UserError
 from swiftkv_train.quality import token_measures
 from swiftkv_train.recipe import LossSection, TrainingSection
-from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.student import trainable_parameters
 from tiny import random_ids, randomise_tail, tiny_llama
 
@@ -86,7 +83,7 @@ def test_the_measures_of_a_batch_are_those_of_whole_logits(packed):
         student, teacher_logits = (m(ids, position_ids=positions, use_cache=False).logits for m in (model, teacher))
     rows, columns = mask.nonzero(as_tuple=True)
     expected = token_measures(student[mask], teacher_logits[mask], ids[rows, columns + 1])
-    found = DistillationModule(model, LossSection()).compare(batch)
+    found = DistillationModule(model, LossSection()).compare(*batch.model_inputs())
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -115,9 +112,9 @@ def test_without_warm_up_the_first_step_has_the_peak():
 def trained(recipe, steps):
     distillation = Distillation(recipe, quiet=True)
     distillation.prepare()
-    start = {name: tensor.clone() for name, tensor in distillation.module.state_dict().items()}
+    start = {name: tensor.clone() for name, tensor in distillation.strategy.module.state_dict().items()}
     rows = [distillation.train_step() for _ in range(steps)]
-    return start, dict(distillation.module.state_dict()), rows, distillation
+    return start, dict(distillation.strategy.module.state_dict()), rows, distillation
 
 
 def test_training_changes_the_rewrite_and_nothing_else(make_recipe):
@@ -158,58 +155,11 @@ def test_the_loss_is_divided_by_the_loss_tokens_of_the_step(make_recipe):
     distillation.prepare()
     batch = distillation.data.batch(0, 8)
     teacher = AutoModelForCausalLM.from_pretrained(recipe.model.base, dtype=torch.float32)
-    model = distillation.module.model
+    model = distillation.strategy.module.model
     with torch.no_grad():
         kl, _ = independent_loss(teacher, model, batch.input_ids, batch.position_ids, batch.loss_mask, recipe.loss)
     row = distillation.train_step()
     assert row["loss"] == pytest.approx(float(kl) / int(batch.loss_mask.sum()), rel=1e-4)
-
-
-def test_a_resumed_run_is_the_run_that_never_stopped(make_recipe):
-    changes = {"training__evaluate_every": 3, "training__keep_last": 10, "training__steps": 6}
-    assert distill(make_recipe(training__output_dir="whole", **changes), quiet=True) == 0
-    recipe = make_recipe(training__output_dir="parts", **changes)
-    assert distill(recipe, quiet=True) == 0
-    whole, parts = RunDirectory.open("whole"), RunDirectory.open("parts")
-    # What a kill after step 5 leaves: the checkpoint of step 4, rows after it, one of them cut off, and a partial.
-    shutil.rmtree(parts.path / "checkpoints/step-000006")
-    (parts.path / "checkpoints/.step-000006.partial").mkdir()
-    lines = parts.metrics_path.read_text().splitlines(keepends=True)
-    parts.metrics_path.write_text("".join(lines[:-2]) + lines[-2][:20])
-    assert distill(recipe, resume=True, quiet=True) == 0
-    assert comparable(metrics(whole.path)) == comparable(metrics(parts.path))
-    steps = [("held_out" in row, row["step"]) for row in metrics(parts.path)]
-    assert len(set(steps)) == len(steps) == 6 + 3
-    one, other = whole.last_checkpoint(), parts.last_checkpoint()
-    assert one.step == other.step == 6
-    for name, tensor in one.weights().items():
-        assert torch.equal(tensor, other.weights()[name]), name
-    for name, tensor in one.optimizer_state().items():
-        assert torch.equal(tensor, other.optimizer_state()[name]), name
-
-
-def test_resuming_a_finished_run_adds_nothing(make_recipe):
-    recipe = make_recipe(training__steps=2)
-    distill(recipe, quiet=True)
-    run = RunDirectory.open(recipe.training.output_dir)
-    before = run.metrics(), run.last_checkpoint().weights()
-    assert distill(recipe, resume=True, quiet=True) == 0
-    assert run.metrics() == before[0]
-    for name, tensor in run.last_checkpoint().weights().items():
-        assert torch.equal(tensor, before[1][name])
-
-
-def test_resuming_under_a_changed_recipe_or_changed_data_is_refused(make_recipe, tmp_path):
-    recipe = make_recipe(training__steps=2)
-    distill(recipe, quiet=True)
-    with pytest.raises(UserError, match=r"started with data\.train\.0\.weight=1\.0, the recipe now says 2\.0"):
-        distill(make_recipe(training__steps=2, data__train__0__weight=2.0), resume=True, quiet=True)
-    (tmp_path / "other.jsonl").write_text('{"text": "Another fox sleeps in another garden."}\n')
-    run = RunDirectory.open(recipe.training.output_dir)
-    recipe.data.train[0].path = "other.jsonl"
-    run.recipe_path.write_text(recipe.to_yaml())
-    with pytest.raises(UserError, match="the training data changed"):
-        distill(recipe, resume=True, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""What a training step holds on one GPU: from the model's shapes, the recipe and the number of processes.
+
+    weights        frozen ones in model.dtype; trained ones in fp32 and, under autocast, their copy in model.dtype
+    gradients      of the trained weights, fp32
+    optimizer      AdamW's two moments
+    activations    what autograd keeps of the student's tail, and the final states of both; the trunk keeps nothing
+    loss chunk     the buffers of `distillation_kl`, and the gradient it forms
+    communication  what processes gather or exchange in one piece
+
+The parts do not all meet: where a step is one micro-batch, gradients come as activations go. `peak` is the largest of
+the moments of a step: the loss, the beginning and the end of the backward pass, the update. Of every token a loss is
+assumed, and of every sequence that several documents are packed in it, as nearly all are.
+
+B sequences of T tokens (N = B T)   D hidden size   I width of the MLP   H query heads   G K/V heads   C head size
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from swiftkv_kernels.causal_attention import BLOCK
+from swiftkv_kernels.distillation_kl import distillation_kl_bytes
+from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
+from swiftkv_train.loading import dtype_of
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.student import trainable_parameters
+
+FP32 = 4
+# Bytes of AdamW's moments per trained parameter; 8-bit ones have two fp32 scales for every 256 parameters.
+MOMENTS = {"adamw": 2 * FP32, "adamw_8bit": 2 + 2 * FP32 / 256, "paged_adamw_8bit": 2 + 2 * FP32 / 256}
+# What a process holds only its part of.
+SHARDED: dict[str, set[str]] = {
+    "ddp": set(),
+    "zero1": {"optimizer"},
+    "zero2": {"optimizer", "gradients"},
+    "zero3": {"optimizer", "gradients", "weights"},
+    "fsdp2": {"optimizer", "gradients", "weights"},
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU: each part at its largest, and all of them at the worst moment of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss_chunk: int
+    communication: int
+    peak: int
+
+
+def training_memory(
+    model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, processes: int = 1, device: str = "cuda"
+) -> Memory:
+    """Memory of one of `processes` that train `model` (its tensors may be on `meta`) on 'cuda' or 'cpu'."""
+    training = recipe.training
+    trained = _elements(trainable_parameters(model).values())
+    frozen = _elements(model.parameters()) - trained
+    dtype = cast(torch.dtype, dtype_of(recipe.model.dtype))
+    half = dtype != torch.float32
+    strategy = recipe.distributed.strategy if processes > 1 else "ddp"
+
+    def part(name: str, size: float) -> int:
+        return math.ceil(size / processes if name in SHARDED[strategy] else size)
+
+    weights = part("weights", frozen * dtype.itemsize + trained * FP32)
+    copies = trained * dtype.itemsize if half else 0  # autograd keeps them whole
+    gradients = part("gradients", trained * FP32)
+    optimizer = part("optimizer", trained * MOMENTS[training.optimizer])
+    communication = 0
+    if processes > 1 and strategy == "ddp":
+        communication = trained * FP32  # gradients once more, in the buckets that are exchanged
+
+    sequences = math.ceil(training.batch_size / processes)
+    tail = _Tail(model, recipe, rows=min(training.micro_batch_size, sequences), dtype=dtype, device=device)
+    chunk = distillation_kl_bytes(tail.tokens, tail.hidden, model.config.vocab_size, dtype, device)
+    accumulated = gradients if sequences > training.micro_batch_size else 0
+    always = weights + optimizer + communication
+    update = gradients  # AdamW on CUDA takes the roots of all second moments at a time
+    if device == "cuda" and training.optimizer == "adamw":
+        update += optimizer // 2
+    peak = always + max(
+        copies + accumulated + tail.saved() + tail.final_states() + chunk,
+        copies + accumulated + tail.backward(),
+        copies + gradients + tail.last_backward(),
+        update,
+    )
+    return Memory(weights + copies, gradients, optimizer, tail.saved() + tail.final_states(), chunk, communication, peak)
+
+
+def _elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+class _Tail:
+    """What a forward and backward of the student's tail over [B, T] tokens holds, in bytes."""
+
+    def __init__(
+        self, model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, rows: int, dtype: torch.dtype, device: str
+    ):
+        config = model.config
+        self.rows, self.length = rows, recipe.data.sequence_length
+        self.tokens = self.rows * self.length
+        self.hidden, self.heads = config.hidden_size, config.num_attention_heads
+        head_dim = cast(int, config.head_dim)
+        self.query, self.key_value = self.heads * head_dim, cast(int, config.num_key_value_heads) * head_dim
+        self.tables = 2 * self.tokens * head_dim * dtype.itemsize  # cos, sin
+        self.width, self.itemsize, self.half = config.intermediate_size, dtype.itemsize, dtype != torch.float32
+        self.layers = config.num_hidden_layers - config.num_key_value_layers
+        self.leaders = config.num_cached_layers - config.num_key_value_layers
+        self.lora, self.checkpointing = recipe.training.lora, recipe.training.gradient_checkpointing
+        self.attention: str = recipe.model.attention
+        if device == "cpu" and self.attention == "sdpa":
+            self.attention = PACKED_CAUSAL
+
+    def state(self, size: int) -> int:
+        """Bytes of an activation [B, T, size] in model.dtype."""
+        return self.tokens * size * self.itemsize
+
+    @property
+    def scores(self) -> int:
+        """Number of attention scores [B, H, T, T]."""
+        return self.tokens * self.length * self.heads
+
+    def saved(self) -> int:
+        """Kept from the forward pass for the backward pass."""
+        mask = 0 if self.attention == "flash_attention_2" else self.tokens * self.length
+        shared = self.tables + mask * (self.itemsize if self.attention == "eager" else 1)
+        if self.lora is None:  # norm_swiftkv is trained
+            shared += self.state(self.hidden)
+        if not self.half:  # one tensor that all K and V are projected from; autocast makes a copy for each
+            shared += self.state(self.hidden)
+        if not self.checkpointing:
+            return shared + self.leaders * self.layer(leads=True) + (self.layers - self.leaders) * self.layer(leads=False)
+        if self.half:
+            shared += self.tokens * self.hidden * FP32
+        return shared + self.layers * self.state(self.hidden) + self.leaders * 2 * self.state(self.key_value)
+
+    def layer(self, *, leads: bool) -> int:
+        """Kept by one tail layer."""
+        norms = 2 * self.tokens * (self.hidden + 1) * FP32
+        inputs = 3 if self.half and leads else 1
+        adapted = 0 if self.lora is None else self.state(self.lora.rank) * (3 if leads else 1)
+        return (
+            norms + inputs * self.state(self.hidden) + adapted + self.attended(leads=leads) + 3 * self.state(self.width)
+        )
+
+    def attended(self, *, leads: bool) -> int:
+        """Kept by the attention of one tail layer."""
+        query, key_value = self.state(self.query), 2 * self.state(self.key_value) * leads
+        if self.attention == PACKED_CAUSAL:
+            return query + key_value
+        if self.attention == "eager":  # K and V repeated for every query head; probabilities in fp32 and model.dtype
+            return 3 * query + self.scores * (FP32 + self.itemsize * self.half)
+        log_sum_exp = self.tokens * self.heads * FP32
+        if self.attention == "flash_attention_2":
+            return 2 * query + key_value + log_sum_exp
+        # torch's memory-efficient operator: K and V repeated, output, and the mask made into numbers
+        return 4 * query + log_sum_exp + self.tokens * self.length * self.itemsize
+
+    def final_states(self) -> int:
+        """Held beside that while the loss is formed: what enters the tail, both models' last states, rows with loss."""
+        return (6 + self.half) * self.state(self.hidden)
+
+    def backward(self) -> int:
+        """Held at the beginning of the backward pass, in the last layer."""
+        recomputed = self.layer(leads=True) if self.checkpointing else 0
+        return self.saved() + recomputed + self.layer_backward()
+
+    def last_backward(self) -> int:
+        """Held at its end, in the first layer of the tail."""
+        return self.layer(leads=True) + self.layer_backward()
+
+    def layer_backward(self) -> int:
+        """Held for the gradients inside a layer beyond what it has kept, in its MLP or in its attention."""
+        mlp = 3 * self.state(self.width) + 2 * self.state(self.hidden)
+        return max(mlp, self.attention_backward() - 3 * self.state(self.width) - self.tokens * self.hidden * FP32)
+
+    def attention_backward(self) -> int:
+        query, key_value = self.state(self.query), self.state(self.key_value)
+        if self.attention == PACKED_CAUSAL:
+            block = self.scores * min(1, BLOCK / self.length) * (2 * FP32 + self.itemsize * (3 if self.half else 2))
+            return math.ceil(block) + 4 * query + key_value + 3 * self.tokens * self.key_value * FP32
+        if self.attention == "eager":
+            return 4 * query + self.scores * (2 * FP32 + self.itemsize)
+        return 5 * query

@@ -1,0 +1,141 @@
+"""`swiftkv runs`: the runs below a directory, what each is doing and how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.metrics import Metrics
+from swiftkv_train.recipe import load_recipe
+from swiftkv_train.run_state import RECIPE, STATE, is_locked
+
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+
+
+@dataclass
+class RunSummary:
+    """A run as its directory shows it; None is what it does not say."""
+
+    path: str
+    state: str  # running, finished, calibrated, stopped, failed, crashed (killed), damaged or unknown
+    base: str | None = None
+    step: int = 0
+    steps: int | None = None
+    checkpoint_step: int | None = None  # where it can be resumed
+    loss: float | None = None  # last logged
+    held_out_kl: float | None = None  # last evaluated, mean over the tokens of all sources
+    when: str | None = None  # ISO 8601, UTC: its end, or its last sign of life
+    error: str | None = None
+
+
+def list_runs(directory: Path) -> list[RunSummary]:
+    """The runs in and below `directory`, by path. Raises UserError when there is no such directory."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; `swiftkv distill` makes runs in training.output_dir")
+    return [summarise(path) for path in find_runs(directory)]
+
+
+def find_runs(directory: Path) -> Iterator[Path]:
+    """Run directories in and below `directory`. What lies inside of one is not looked at, nor are links followed."""
+    for folder, names, files in os.walk(directory):
+        path = Path(folder)
+        if RECIPE in files and (STATE in files or METRICS in files or CHECKPOINTS in names):
+            names.clear()
+            yield path
+        names[:] = sorted(name for name in names if not name.startswith("."))
+
+
+def summarise(path: Path) -> RunSummary:
+    run = RunSummary(str(path), "unknown")
+    try:
+        recorded = _read_state(path)
+        run.state = _state(path, recorded.get("state"))
+        run.error = recorded.get("error") if run.state == "failed" else None
+        recipe = load_recipe(path / RECIPE)
+        run.base, run.steps = recipe.model.base, recipe.training.steps
+        rows = Metrics(path / METRICS).rows()
+    except UserError as error:
+        run.state, run.error = "damaged", str(error)
+        return run
+    run.checkpoint_step = max(_checkpoint_steps(path), default=None)
+    run.step = max([run.checkpoint_step or 0, *(row["step"] for row in rows[-1:])])
+    run.loss = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
+    run.held_out_kl = next((_pooled_kl(row["held_out"]) for row in reversed(rows) if "held_out" in row), None)
+    run.when = recorded.get("ended") if run.state == recorded.get("state") else None
+    run.when = run.when or _last_change(path)
+    return run
+
+
+def _state(path: Path, recorded: str | None) -> str:
+    """A lock that is held is a process that lives; a run that was running and holds none was killed."""
+    locked = is_locked(path)
+    if locked:
+        return "running"
+    if recorded == "running":
+        return "unknown" if locked is None else "crashed"
+    return recorded or "unknown"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    file = path / STATE
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError):
+        raise UserError(f"{file} is damaged; remove it") from None
+
+
+def _checkpoint_steps(path: Path) -> list[int]:
+    found = (re.fullmatch(r"step-(\d+)", item.name) for item in (path / CHECKPOINTS).glob("step-*"))
+    return [int(match[1]) for match in found if match]
+
+
+def _pooled_kl(sources: dict[str, dict[str, Any]]) -> float:
+    return sum(row["kl"] * row["tokens"] for row in sources.values()) / sum(row["tokens"] for row in sources.values())
+
+
+def _last_change(path: Path) -> str:
+    times = [file.stat().st_mtime for name in (RECIPE, METRICS, STATE) if (file := path / name).exists()]
+    return datetime.fromtimestamp(max(times), timezone.utc).isoformat(timespec="seconds")
+
+
+def to_json(runs: list[RunSummary]) -> list[dict[str, Any]]:
+    return [asdict(run) for run in runs]
+
+
+def print_runs(runs: list[RunSummary], directory: Path) -> None:
+    # Without a terminal nobody sees where a line ends: paths stay whole.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
+    if not runs:
+        console.print(f"no runs in {directory}", markup=False)
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in ("run", "base"):
+        table.add_column(column, overflow="fold")
+    for column in ("state", "step", "loss", "held-out KL", "when"):
+        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "held-out KL")
+    for run in runs:
+        table.add_row(
+            run.path,
+            run.base or "",
+            run.state,
+            "" if run.steps is None else f"{run.step}/{run.steps}",
+            "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.held_out_kl is None else f"{run.held_out_kl:.4f}",
+            "" if run.when is None else f"{datetime.fromisoformat(run.when).astimezone():%Y-%m-%d %H:%M}",
+        )
+    console.print(table)
+    for run in runs:
+        if run.error:
+            console.print(f"{run.path}: {run.error}", markup=False, soft_wrap=True)

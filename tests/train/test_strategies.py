@@ -1,0 +1,95 @@
+"""DeepSpeed's settings out of a recipe, and what cannot be trained together."""
+
+import json
+
+import pytest
+
+from swiftkv_train.errors import UserError
+from swiftkv_train.strategies import deepspeed_config, make_strategy
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_settings_come_from_the_recipe(make_recipe, stage):
+    recipe = make_recipe(
+        distributed__strategy=f"zero{stage}", training__micro_batch_size=3, training__max_grad_norm=0.25
+    )
+    config = deepspeed_config(recipe)
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["gradient_clipping"] == 0.25
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert not {"optimizer", "scheduler", "fp16", "bf16"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage is 3, .* distributed\.strategy zero2"),
+        ({"train_batch_size": 64}, r"train_batch_size is 64, .* training\.batch_size 8"),
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            r"train_micro_batch_size_per_gpu is 2, .* training\.micro_batch_size 4",
+        ),
+        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps is 4, .* training\.batch_size and"),
+        ({"gradient_clipping": 0.1}, r"gradient_clipping is 0\.1, .* training\.max_grad_norm 1\.0"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled is true, .* model\.dtype float32"),
+        ({"optimizer": {"type": "Adam"}}, r'optimizer is \{"type": "Adam"\}, .* the training section'),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is .* the training section"),
+    ],
+)
+def test_a_contradiction_names_both_places(make_recipe, tmp_path, settings, says):
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    recipe = make_recipe(distributed__strategy="zero2", distributed__deepspeed_config="ds.json")
+    with pytest.raises(UserError, match=rf"ds\.json: {says}.*; remove it there"):
+        deepspeed_config(recipe)
+
+
+def test_other_settings_are_taken_and_auto_is_filled_in(make_recipe, tmp_path):
+    settings = {
+        "zero_optimization": {"stage": "auto", "offload_optimizer": {"device": "cpu"}},
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "wall_clock_breakdown": True,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    config = deepspeed_config(make_recipe(distributed__strategy="zero3", distributed__deepspeed_config="ds.json"))
+    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert config["gradient_clipping"] == 1.0
+    assert config["wall_clock_breakdown"] is True
+    assert not {"train_batch_size", "bf16"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read: No such file"), ("{", "is not JSON"), ("[]", "must hold a JSON object")],
+)
+def test_a_file_of_settings_that_is_none(make_recipe, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "ds.json").write_text(content)
+    recipe = make_recipe(distributed__strategy="zero2", distributed__deepspeed_config="ds.json")
+    with pytest.raises(UserError, match=f"ds.json {says}"):
+        deepspeed_config(recipe)
+
+
+def test_settings_go_with_zero(make_recipe):
+    with pytest.raises(UserError, match="`deepspeed_config` goes with `strategy: zero1`"):
+        make_recipe(distributed__deepspeed_config="ds.json")
+
+
+@pytest.mark.parametrize(("variable", "launcher"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
+def test_the_launcher_may_not_contradict_the_recipe(make_recipe, monkeypatch, variable, launcher):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(UserError, match=f"launched with {launcher}, the recipe says distributed.strategy ddp"):
+        make_strategy(make_recipe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model__dtype": "float16"}, "model.dtype float16 .* not fsdp2; use bfloat16"),
+        ({"training__optimizer": "adamw_8bit"}, "training.optimizer adamw_8bit .* not fsdp2; use adamw"),
+    ],
+)
+def test_what_trains_under_ddp_only(make_recipe, changes, says):
+    with pytest.raises(UserError, match=says):
+        make_strategy(make_recipe(distributed__strategy="fsdp2", **changes))

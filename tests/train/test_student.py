@@ -1,0 +1,136 @@
+"""What is trained, and how: adapters on the tail, and its layers run again in the backward pass."""
+
+import pytest
+import torch
+
+from swiftkv_models import rewrite
+from swiftkv_train.distill import DistillationModule
+from swiftkv_train.recipe import LoraSection, LossSection
+from swiftkv_train.student import (
+    add_adapters,
+    checkpoint_tail,
+    layer_by_layer,
+    load_trained,
+    merge_adapters,
+    tail_parameters,
+    trainable_parameters,
+)
+from tiny import random_ids, randomise_tail, tiny_llama
+
+
+def student(group=1, family="smollm2"):
+    model = randomise_tail(rewrite(tiny_llama(family), num_key_value_layers=2, key_value_group_size=group))
+    return model.requires_grad_(False)
+
+
+def loss_inputs(length=23):
+    ids = random_ids(2, length)
+    return ids, torch.arange(length).expand(2, -1).contiguous(), torch.ones(2, length, dtype=torch.bool)
+
+
+def loss_module(model, checkpointed=False, **loss):
+    module = DistillationModule(model, LossSection(**loss)).eval()
+    if checkpointed:
+        checkpoint_tail(model)
+    return module
+
+
+def gradients(model, checkpointed=False):
+    parameters = trainable_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    loss, _ = loss_module(model, checkpointed, hidden_mse=0.5)(*loss_inputs())
+    loss.backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_checkpointed_layers_give_the_same_gradients(group):
+    expected = gradients(student(group))
+    model = student(group)
+    for name, gradient in gradients(model, checkpointed=True).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-14)
+    assert not any(module.training for layer in model.model.layers for module in layer.modules() if module is not layer)
+
+
+def test_only_the_tails_layers_run_again():
+    model = student()
+    runs = [0] * 6
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    gradients(model, checkpointed=True)
+    assert runs == [1, 1, 3, 3, 3, 3]  # base and student, and the student's once more
+
+
+def numbers_kept(checkpointed):
+    """How many numbers the forward pass keeps for the backward pass."""
+    module = loss_module(student(), checkpointed)
+    for parameter in trainable_parameters(module.model).values():
+        parameter.requires_grad_(True)
+    found = {}
+
+    def keep(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(*loss_inputs(200))
+    return sum(tensor.numel() for tensor in found.values())
+
+
+def test_less_is_kept_for_the_backward_pass():
+    assert numbers_kept(checkpointed=True) < 0.3 * numbers_kept(checkpointed=False)
+
+
+@pytest.mark.parametrize("family", ["smollm2", "bias"])
+def test_adapters_start_as_nothing_and_merge_into_what_they_do(family):
+    lora = LoraSection(rank=3, alpha=5.0)
+    model, ids = student(2, family), random_ids(2, 17)
+    before = {name: tensor.clone() for name, tensor in tail_parameters(model).items()}
+    with torch.no_grad():
+        plain = model(ids).logits
+        add_adapters(model, lora)
+        torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=1e-12)
+        trained = trainable_parameters(model)
+        assert trained
+        assert all(".lora_" in name for name in trained)
+        for index, parameter in enumerate(trained.values()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+        adapted = model(ids).logits
+    assert (adapted - plain).abs().max() > 0.1
+    merged = merge_adapters({name: tensor.detach() for name, tensor in tail_parameters(model).items()}, lora)
+    assert merged.keys() == before.keys()
+    again = student(2, family)
+    load_trained(again, merged, "test")
+    with torch.no_grad():
+        # The sum is formed in fp32: 1e-7 of weights and logits of order 1 to 10.
+        torch.testing.assert_close(again(ids).logits, adapted, rtol=1e-5, atol=1e-5)
+    for name, tensor in merged.items():
+        if "norm" in name or name.endswith("bias"):
+            assert torch.equal(tensor, before[name])
+
+
+def test_without_adapters_there_is_nothing_to_merge():
+    weights = {"a": torch.ones(2)}
+    assert merge_adapters(weights, None) == weights
+
+
+def test_a_model_runs_on_a_device_part_by_part_and_comes_back_unchanged():
+    model, (ids, *_) = student(2), loss_inputs()
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model.model(ids).last_hidden_state
+        device = torch.device("cpu:0")  # another name of the only device there is for sure
+        moved, to = [], torch.Tensor.to
+        with pytest.MonkeyPatch.context() as patch, layer_by_layer(device, model):
+
+            def copying(tensor, *args, **kwargs):  # as a move to another device is
+                if args != (device,):
+                    return to(tensor, *args, **kwargs)
+                moved.append(tensor)
+                return tensor.clone()
+
+            patch.setattr(torch.Tensor, "to", copying)
+            assert torch.equal(model.model(ids).last_hidden_state, expected)
+    assert len(moved) == sum(1 for name in before if name != "lm_head.weight") + 2  # and RoPE's two buffers
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
