@@ -246,9 +246,8 @@ class Distillation:
 
     def evaluate(self) -> dict[str, Quality]:
         """Student against base on every held-out source."""
-        module = self.strategy.module
-        if not self.strategy.equal_forwards:  # DDP's own forward exchanges buffers, equally often everywhere
-            module = self.accelerator.unwrap_model(module)
+        # DDP's own forward exchanges buffers, equally often everywhere.
+        module = self.strategy.module if self.strategy.equal_forwards else self.strategy.unwrapped
         found = {}
         for name, batches in self.held_out.items():
             rows = [torch.empty(0, 4, device=self.accelerator.device)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swiftkv_train.data import Batch
 
 WINDOW = 100  # steps whose median loss a step's is held against
+FEWEST = 20  # steps before anything can be said of a median
 # fp16's loss scale starts at 2^16 and is halved at every overflow: after twenty, no scale would help.
 MOST_OVERFLOWS = 20
 
@@ -42,7 +43,7 @@ class Divergence:
         """What is wrong with a step's loss, if anything."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        median = statistics.median(self.losses) if self.losses else 0.0
+        median = statistics.median(self.losses) if len(self.losses) >= FEWEST else 0.0
         if self.max_loss_ratio and median > 0 and loss > self.max_loss_ratio * median:
             return (
                 f"the loss is {loss:.4g}, {loss / median:.0f} times its running median "

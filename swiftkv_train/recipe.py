@@ -194,7 +194,7 @@ class TrainingSection(Section):
     max_loss_ratio: float = Field(
         10.0,
         ge=0,
-        description="Stop at a loss above this multiple of the median of the last 100 steps; 0: at no finite loss.",
+        description="Stop at a loss above this multiple of the median of the last 100 steps (20 at least); 0: never.",
     )
     seed: int = Field(0, ge=0, lt=2**32)
     checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end or when stopped.")

@@ -40,6 +40,7 @@ class DataParallel:
         self.recipe = recipe
         self.accelerator = self._make_accelerator()
         self.model: Any  # the model inside of `module`
+        self.unwrapped: Any
         self.module: Any
         self.optimizer: Any
 
@@ -51,7 +52,7 @@ class DataParallel:
 
     def wrap(self, module: nn.Module) -> None:
         """Take the module whose forward is the loss, and make the optimizer of its trainable parameters."""
-        self.model = module.model
+        self.unwrapped, self.model = module, module.model
         self.module, self.optimizer = self.accelerator.prepare(module, self._make_optimizer(module))
         self.module.eval()  # no dropout: base and student must see the same network
 
@@ -142,7 +143,7 @@ class FullyShard(DataParallel):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
-        self.model = module.model
+        self.unwrapped, self.model = module, module.model
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)

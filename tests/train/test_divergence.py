@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from swiftkv_train.data import Batch
-from swiftkv_train.divergence import MOST_OVERFLOWS, WINDOW, Divergence, save_failed_batch
+from swiftkv_train.divergence import FEWEST, MOST_OVERFLOWS, WINDOW, Divergence, save_failed_batch
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -20,13 +20,18 @@ def test_what_is_no_number_is_a_problem_whatever_the_ratio(value):
 
 
 def test_a_loss_is_held_against_the_median_of_those_before():
-    divergence = Divergence(10.0, [0.1, 0.2, 5.0])
-    assert divergence.loss_problem(1.99) is None  # now the median is (0.2 + 1.99) / 2
-    assert divergence.loss_problem(10.9) is None
-    found = Divergence(10.0, [0.1, 0.2, 5.0]).loss_problem(2.4)
+    losses = [0.1, 0.2, 5.0] * FEWEST
+    assert Divergence(10.0, losses).loss_problem(1.99) is None
+    found = Divergence(10.0, losses).loss_problem(2.4)
     assert found == "the loss is 2.4, 12 times its running median (training.max_loss_ratio is 10),"
-    assert Divergence(0.0, [0.1, 0.2, 5.0]).loss_problem(1e9) is None
-    assert Divergence(10.0).loss_problem(1e9) is None  # the first has nothing to be held against
+    assert Divergence(0.0, losses).loss_problem(1e9) is None
+
+
+def test_the_first_losses_have_nothing_to_be_held_against():
+    divergence = Divergence(10.0, [0.1] * (FEWEST - 2))
+    assert divergence.loss_problem(50.0) is None
+    assert divergence.loss_problem(50.0) is None
+    assert divergence.loss_problem(50.0) is not None
 
 
 def test_only_the_last_losses_count():
