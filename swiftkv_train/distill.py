@@ -32,6 +32,7 @@ from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, summarise, token_measures
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
 from swiftkv_train.run_state import RunLock, recorded_state
+from swiftkv_train.sequence_parallel import part_of, sequence_group, use_sequence_parallel_attention, whole_mask
 from swiftkv_train.stopping import Stop, Stopped
 from swiftkv_train.strategies import make_strategy
 from swiftkv_train.student import (
@@ -52,14 +53,22 @@ if TYPE_CHECKING:
 class DistillationModule(nn.Module):
     """Base and student as one module whose forward is the loss; ZeRO-3 and FSDP shard it, so all reading is inside.
 
-    With `autocast` (torch.bfloat16 or float16) its products run in that dtype.
+    With `autocast` (torch.bfloat16 or float16) its products run in that dtype. With a `group` of processes each of them
+    takes its part of the same sequences (see `sequence_parallel`).
     """
 
-    def __init__(self, model: LlamaSwiftKVForCausalLM, loss: LossSection, autocast: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: LlamaSwiftKVForCausalLM,
+        loss: LossSection,
+        autocast: torch.dtype | None = None,
+        group: Any = None,
+    ):
         super().__init__()
         self.model = model
         self.loss = loss
         self.autocast = autocast
+        self.group = group
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor, *, compare: bool = False
@@ -71,10 +80,17 @@ class DistillationModule(nn.Module):
     def losses(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over the True positions of `loss_mask` [B, T]: the loss, and its KL part (T^2-scaled, detached)."""
+        """Sums over the True positions of `loss_mask` [B, T]: the loss, and its KL part (T^2-scaled, detached).
+
+        Of a group's sequences, over this process's part of the positions.
+        """
         decoder = self.model.model
+        attention: dict[str, Any] = {}
+        if self.group is not None:
+            attention = {"attention_mask": whole_mask(position_ids), "sequence_group": self.group}
+            input_ids, position_ids, loss_mask = (part_of(self.group, x) for x in (input_ids, position_ids, loss_mask))
         with torch.no_grad():
-            trunk = decoder.run_trunk(input_ids, position_ids=position_ids, use_cache=False)
+            trunk = decoder.run_trunk(input_ids, position_ids=position_ids, use_cache=False, **attention)
             base = decoder.run_tail(trunk, base=True)
         student = decoder.run_tail(trunk)
         kl = distillation_kl(
@@ -90,9 +106,7 @@ class DistillationModule(nn.Module):
         return total, kl.detach()
 
     @torch.no_grad()
-    def compare(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def compare(self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """`token_measures` [N, 4] of the N loss positions."""
         decoder = self.model.model
         trunk = decoder.run_trunk(input_ids, position_ids=position_ids, use_cache=False)
@@ -166,9 +180,13 @@ class Distillation:
             raise UserError("model.dtype: float16 trains on a GPU only; use bfloat16 or float32")
         self.strategy = make_strategy(recipe)
         self.accelerator = self.strategy.accelerator
-        if training.batch_size < self.accelerator.num_processes:
-            processes = self.accelerator.num_processes
-            raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes} processes")
+        self.group = sequence_group(recipe, self.accelerator)
+        size = recipe.distributed.sequence_parallel
+        # Which of how many shares of the sequences this process works on, together with its group.
+        self.share, self.shares = self.accelerator.process_index // size, self.accelerator.num_processes // size
+        if training.batch_size < self.shares:
+            processes = f"{self.accelerator.num_processes} processes" + f" in groups of {size}" * (size > 1)
+            raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes}")
         set_seed(training.seed)
         self.report = Reporter(enabled=self.accelerator.is_main_process and not quiet)
         self.lock = RunLock(Path(training.output_dir))
@@ -189,9 +207,7 @@ class Distillation:
         pad = pad_token_id(tokenizer)
         vocabulary = model.config.vocab_size
         with accelerator.main_process_first():
-            self.data = load_training_data(
-                recipe.data, tokenizer, vocabulary, pad, base=recipe.model, report=report
-            )
+            self.data = load_training_data(recipe.data, tokenizer, vocabulary, pad, base=recipe.model, report=report)
             sources = load_held_out(recipe.data, tokenizer, vocabulary, base=recipe.model, report=report)
         self.held_out = {
             source.name: held_out_batches(
@@ -222,7 +238,9 @@ class Distillation:
         report.line(f"trained     {trained:,} of {total:,} parameters ({trained / total:.1%})")
         self.config, self.peak = model.config, device_peak(accelerator.device, recipe.model.dtype)
         half = None if recipe.model.dtype == "float32" else getattr(torch, recipe.model.dtype)
-        self.strategy.wrap(DistillationModule(model, recipe.loss, autocast=half))
+        if self.group is not None:
+            use_sequence_parallel_attention(model, self.group)
+        self.strategy.wrap(DistillationModule(model, recipe.loss, half, self.group))
         if training.gradient_checkpointing:
             checkpoint_tail(model)
         if checkpoint is not None:
@@ -273,10 +291,10 @@ class Distillation:
         # Gradients are averaged over processes; the sum is wanted.
         scale = accelerator.num_processes / loss_tokens
         sums = torch.zeros(2, device=accelerator.device)
-        mine = batch.share(accelerator.process_index, accelerator.num_processes).split(training.micro_batch_size)
-        most = math.ceil(math.ceil(training.batch_size / accelerator.num_processes) / training.micro_batch_size)
+        mine = batch.share(self.share, self.shares).split(training.micro_batch_size)
+        most = math.ceil(math.ceil(training.batch_size / self.shares) / training.micro_batch_size)
         micro_batches = self._evened(mine, most, batch)
-        fewest = math.ceil(training.batch_size // accelerator.num_processes / training.micro_batch_size)
+        fewest = math.ceil(training.batch_size // self.shares / training.micro_batch_size)
         for index, micro in enumerate(micro_batches):
             if 0 < index < fewest:  # before any process exchanges gradients
                 self.stop.check(accelerator)

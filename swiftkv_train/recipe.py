@@ -225,6 +225,9 @@ class DistributedSection(Section):
         description="What processes hold in parts: nothing (DDP); DeepSpeed ZeRO-1: moments, 2: gradients too, "
         "3: weights too; FSDP2: all of these.",
     )
+    sequence_parallel: int = Field(
+        1, ge=1, description="Processes that share every sequence (DeepSpeed-Ulysses), for those too long for one."
+    )
     deepspeed_config: str | None = Field(
         None, description="A DeepSpeed JSON file with more settings (offloading, buckets), with `zero1` to `zero3`."
     )

@@ -289,6 +289,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config = _read_json(path) if path else {}
     decided = {
         "zero_optimization.stage": (stage, f"distributed.strategy {recipe.distributed.strategy}"),
+        "sequence_parallel_size": (None, "distributed.sequence_parallel"),
         "train_batch_size": (training.batch_size, f"training.batch_size {training.batch_size}"),
         "train_micro_batch_size_per_gpu": (
             training.micro_batch_size,

@@ -153,37 +153,44 @@ class Speaker:
         device = self._model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
             torch.manual_seed(int(random_generator(self.settings.seed, number).integers(2**63)))
-            return self._conversations() if self.tokenizer.chat_template else self._texts()
+            try:
+                return self._conversations() if self.tokenizer.chat_template else self._texts()
+            except BadRow as reason:
+                raise UserError(f"{self.base.base} cannot generate conversations: {reason}") from None
 
     @cached_property
     def _model(self) -> Any:
         import torch
+        from transformers import GenerationConfig
 
         base = self.base
         model = load_model(base.base, dtype=base.dtype, revision=base.revision, families=("llama",))
+        ends = model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        # Not the base's own sampling settings: what it says is to be what it holds likely.
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            top_k=0,
+            eos_token_id=[ends] if isinstance(ends, int) else ends,
+            pad_token_id=pad_token_id(self.tokenizer),
+        )
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    @cached_property
+    @property
     def _end_ids(self) -> list[int]:
-        found = self._model.generation_config.eos_token_id
-        found = self.tokenizer.eos_token_id if found is None else found
-        return found if isinstance(found, list) else [] if found is None else [found]
+        return self._model.generation_config.eos_token_id or []
 
     @cached_property
     def _user_turn(self) -> tuple[list[int], str]:
         """The tokens up to where the user speaks, and the text that ends what the user says."""
-        where = f"{self.base.base}: its chat template"
-        try:
-            messages = [{"role": "user", "content": PLACEHOLDER}]
-            opening, here, closing = render(messages, self.tokenizer, generation_prompt=False).partition(PLACEHOLDER)
-            if not closing.strip():
-                closing = render(messages, self.tokenizer, generation_prompt=True).partition(PLACEHOLDER)[2]
-        except BadRow as reason:
-            raise UserError(f"{where} cannot be used to generate prompts: {reason}") from None
+        messages = [{"role": "user", "content": PLACEHOLDER}]
+        opening, here, closing = render(messages, self.tokenizer, generation_prompt=False).partition(PLACEHOLDER)
+        if not closing.strip():
+            closing = render(messages, self.tokenizer, generation_prompt=True).partition(PLACEHOLDER)[2]
         if not here or not closing.strip():
-            raise UserError(
-                f"{where} does not say where a user's message begins and ends; use text instead of `generate`"
-            )
+            raise BadRow("the chat template does not say where a user's message begins and ends")
         # A space before the message is part of its first token.
         return self._encode(opening.rstrip(" ")), closing.strip()
 
@@ -193,12 +200,11 @@ class Speaker:
     def _conversations(self) -> list[Row]:
         opening, closing = self._user_turn
         closing_ids = self._encode(closing)
-        ending: dict[str, Any] = {"eos_token_id": self._end_ids}
         if len(closing_ids) == 1:
-            ending["eos_token_id"] = [*self._end_ids, *closing_ids]
+            ending: dict[str, Any] = {"eos_token_id": [*self._end_ids, *closing_ids]}
         else:
-            ending |= {"stop_strings": [closing], "tokenizer": self.tokenizer}
-        said = self._sample([opening] * self.settings.batch_size, self.settings.max_prompt_tokens, ending)
+            ending = {"stop_strings": [closing], "tokenizer": self.tokenizer}
+        said = self._sample([opening] * self.settings.batch_size, self.settings.max_prompt_tokens, **ending)
         prompts = []
         for ids in said:
             prompt, closed, _ = self.tokenizer.decode(ids).partition(closing)
@@ -217,19 +223,17 @@ class Speaker:
         """What the base says to each prompt, as tokens, with its end token and padding after it."""
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         ids = [self._encode(render(chat, self.tokenizer, generation_prompt=True)) for chat in chats]
-        return self._sample(ids, self.settings.max_new_tokens, {"eos_token_id": self._end_ids}) if ids else []
+        return self._sample(ids, self.settings.max_new_tokens) if ids else []
 
     def _texts(self) -> list[Row]:
-        first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self._end_ids[0]
-        said = self._sample(
-            [[first]] * self.settings.batch_size, self.settings.max_new_tokens, {"eos_token_id": self._end_ids}
-        )
+        first = self.tokenizer.bos_token_id
+        first = pad_token_id(self.tokenizer) if first is None else first
+        said = self._sample([[first]] * self.settings.batch_size, self.settings.max_new_tokens)
         return [self._checked(text, "text", endless=endless) for text, endless in map(self._until_end, said)]
 
-    def _sample(self, prompts: list[list[int]], max_new_tokens: int, ending: dict[str, Any]) -> list[list[int]]:
+    def _sample(self, prompts: list[list[int]], max_new_tokens: int, **ending: Any) -> list[list[int]]:
         """What the base says next after each prompt, with its end token and padding after it."""
         import torch
-        from transformers import GenerationConfig
 
         width = max(map(len, prompts))
         limit = self._model.config.max_position_embeddings
@@ -238,17 +242,10 @@ class Speaker:
                 f"generate: {width} tokens of prompt and {max_new_tokens} new ones exceed the context of "
                 f"{self.base.base}, {limit}; lower generate.max_prompt_tokens or generate.max_new_tokens"
             )
-        pad = pad_token_id(self.tokenizer)
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        # Not the base's own sampling settings: what it says is to be what it holds likely.
-        self._model.generation_config = GenerationConfig(
-            do_sample=True, temperature=self.settings.temperature, top_p=self.settings.top_p, top_k=0, pad_token_id=pad
-        )
-        device = self._model.device
-        output = self._model.generate(
-            ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, **ending
-        )
+        pad, device = pad_token_id(self.tokenizer), self._model.device
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        output = self._model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **ending)
         return output[:, width:].tolist()
 
     def _until_end(self, ids: list[int]) -> tuple[str, bool]:

@@ -130,11 +130,13 @@ def greedy(model, ids: list[int], tokens: int) -> list[int]:
     return said
 
 
-def test_answers_are_the_bases_own_whatever_stands_beside_them(base, tokenizer):
+def test_answers_are_the_bases_own_whatever_stands_beside_them(tokenizer, tmp_path):
     """At a temperature of nearly 0 sampling is greedy; prompts of unlike lengths are padded on the left."""
-    speaker = Speaker(base, tokenizer, GenerateSection(**(SETTINGS | {"temperature": 1e-4})))
+    model = tiny_llama("bias", vocab_size=400, dtype=torch.float32)  # says more than `base`, and ends less often
+    model.save_pretrained(tmp_path)
+    talker = ModelSection(base=str(tmp_path), dtype="float32")
+    speaker = Speaker(talker, tokenizer, GenerateSection(**(SETTINGS | {"temperature": 1e-4})))
     prompts = ["Yes.", "The quick brown fox jumps over the lazy dog, and the dog does not mind.", "What? No."]
-    model = speaker._model = tiny_llama("bias", vocab_size=400, dtype=torch.float32)  # says more, ends less often
     said = speaker.answers(prompts)
     assert len({tuple(ids) for ids in said}) == len(prompts)
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_answers_are_the_bases_own_whatever_stands_beside_them(base, tokenizer):
 def test_prompts_are_said_where_the_template_lets_the_user_speak(base, tokenizer, monkeypatch):
     seen = []
 
-    def sample(self, prompts, max_new_tokens, ending):
+    def sample(self, prompts, max_new_tokens, **ending):
         seen.append(([tokenizer.decode(ids) for ids in prompts], max_new_tokens, ending))
         return [tokenizer.encode("Paris?<|im_end|><|im_end|>")] * len(prompts)
 
@@ -164,7 +166,7 @@ def test_prompts_are_said_where_the_template_lets_the_user_speak(base, tokenizer
     asked = system + "<|im_start|>user\nParis?<|im_end|>\n<|im_start|>assistant\n"
     assert seen == [
         ([opening] * 2, 100, {"eos_token_id": [2, 2]}),
-        ([asked] * 2, 24, {"eos_token_id": [2]}),
+        ([asked] * 2, 24, {}),
     ]
 
 
@@ -174,7 +176,7 @@ def test_a_template_that_ends_the_users_turn_by_plain_words(base, tokenizer, mon
     said = iter(["The dog [/INST] No. [/INST]", "no end"])
     endings = []
 
-    def sample(self, prompts, max_new_tokens, ending):
+    def sample(self, prompts, max_new_tokens, **ending):
         endings.append(ending)
         return [tokenizer.encode(next(said, "Yes.<|im_end|>")) for _ in prompts]
 
@@ -192,7 +194,7 @@ def test_words_that_end_a_turn_stop_the_base(base, tokenizer):
     """Through `generate` itself: a likely single letter stands for the words."""
     speaker = Speaker(base, tokenizer, GenerateSection(**(SETTINGS | {"batch_size": 8})))
     torch.manual_seed(0)
-    said = speaker._sample([[5, 6]] * 8, 60, {"eos_token_id": [2], "stop_strings": ["e"], "tokenizer": tokenizer})
+    said = speaker._sample([[5, 6]] * 8, 60, stop_strings=["e"], tokenizer=tokenizer)
     for ids in said:
         text, found, rest = tokenizer.decode(ids).partition("e")
         assert not found or not rest.replace("<|im_end|>", "")[8:], (text, rest)  # no more than the token it stood in
@@ -218,7 +220,7 @@ def test_what_is_of_no_use_is_dropped_and_counted(base, tokenizer, monkeypatch, 
         ]
     )
 
-    def sample(self, prompts, max_new_tokens, ending):
+    def sample(self, prompts, max_new_tokens, **ending):
         texts = next(turns)
         assert len(texts) == len(prompts)
         return [tokenizer.encode(text) for text in texts]
@@ -254,7 +256,9 @@ def test_a_loop_is_32_tokens_and_3_turns(ids, loop):
 
 
 def test_a_base_that_says_nothing_of_use_is_given_up(base, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(Speaker, "_sample", lambda self, prompts, *_: [tokenizer.encode("endless")] * len(prompts))
+    monkeypatch.setattr(
+        Speaker, "_sample", lambda self, prompts, *_, **__: [tokenizer.encode("endless")] * len(prompts)
+    )
     source = Source(name="mine", generate=GenerateSection(**SETTINGS))
     with pytest.raises(UserError) as error:
         generated_source(source, base, tokenizer, tmp_path / "cache")
@@ -273,9 +277,9 @@ def test_a_base_without_a_template_speaks_freely(base, make_tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ raise_exception('never') }}", "cannot be used to generate prompts: the chat template refuses it: never"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not say where a user's message begins and ends"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not say where a user's message begins and ends"),
+        ("{{ raise_exception('never') }}", "cannot generate conversations: the chat template refuses it: never"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "cannot generate .* does not say where a user's"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "cannot generate .* does not say where a user's"),
     ],
 )
 def test_templates_without_a_place_for_the_user_are_refused(template, says, base, tokenizer, tmp_path):

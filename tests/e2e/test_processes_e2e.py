@@ -42,13 +42,21 @@ def port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.distributed) for name in SHARDED)])
-def test_two_processes_train_as_one_does(workplace, port, strategy):
-    # Of 7 sequences one process gets 4 and the other 3: two micro-batches here, one there.
+SPREAD = [("ddp", 1)]
+SPREAD += [
+    pytest.param(name, size, marks=pytest.mark.distributed)
+    for name, size in [*((name, 1) for name in SHARDED), ("ddp", 2), ("zero3", 2)]
+]
+
+
+@pytest.mark.parametrize(("strategy", "sequence_parallel"), SPREAD)
+def test_two_processes_train_as_one_does(workplace, port, strategy, sequence_parallel):
+    # Of 7 sequences one process gets 4 and the other 3: two micro-batches here, one there. Or each gets half of all 7.
     changes = {"training.micro_batch_size": 3, "training.batch_size": 7, "loss.hidden_mse": 0.3}
     recipe = write_recipe(workplace / "recipe.yaml", changes)
     assert run_here("distill", recipe, "training.output_dir=one", cwd=workplace).status == 0
     options = ["training.output_dir=two", f"distributed.strategy={strategy}"]
+    options += [f"distributed.sequence_parallel={sequence_parallel}"]
     result = launch(recipe, *options, cwd=workplace, port=port)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.count("calibrate   1,024 tokens") == 1, (

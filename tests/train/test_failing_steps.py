@@ -60,8 +60,10 @@ def distillation(make_recipe):
 
 
 def state_of(distillation):
-    tensors = {**distillation.strategy.tail_tensors(), **distillation.strategy.optimizer_tensors()}
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    """The weights and the optimizer's moments."""
+    state = distillation.strategy.optimizer.state_dict()["state"]
+    moments = {f"{number}:{key}": value for number, row in state.items() for key, value in row.items()}
+    return {name: tensor.clone() for name, tensor in {**distillation.strategy.module.state_dict(), **moments}.items()}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

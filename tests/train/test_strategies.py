@@ -1,10 +1,16 @@
-"""DeepSpeed's settings out of a recipe, and what cannot be trained together."""
+"""DeepSpeed's settings out of a recipe, sequences in parts, and what cannot be trained together."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
 
+from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
+from swiftkv_train.sequence_parallel import sequence_group, whole_mask
 from swiftkv_train.strategies import deepspeed_config, make_strategy
 
 
@@ -93,3 +99,23 @@ def test_the_launcher_may_not_contradict_the_recipe(make_recipe, monkeypatch, va
 def test_what_trains_under_ddp_only(make_recipe, changes, says):
     with pytest.raises(UserError, match=says):
         make_strategy(make_recipe(distributed__strategy="fsdp2", **changes))
+
+
+def test_what_cannot_be_parted(make_recipe):
+    recipe = make_recipe(distributed__sequence_parallel=2)
+    with pytest.raises(UserError, match="sequence_parallel 2 does not divide the number of processes, 1"):
+        Distillation(recipe, quiet=True)
+    pair = SimpleNamespace(num_processes=2)
+    odd = make_recipe(distributed__sequence_parallel=2, data__sequence_length=63)
+    with pytest.raises(UserError, match=r"sequence_parallel 2 does not divide data\.sequence_length 63"):
+        sequence_group(odd, pair)
+    with pytest.raises(UserError, match=r"sequence_parallel 2 needs model\.attention sdpa, not eager"):
+        sequence_group(make_recipe(distributed__sequence_parallel=2, model__attention="eager"), pair)
+
+
+def test_the_mask_of_whole_sequences_is_transformers_own():
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])
+    hidden = torch.zeros(2, 7, 8)
+    config = LlamaConfig(attn_implementation="sdpa")
+    expected = create_causal_mask(config, hidden, None, past_key_values=None, position_ids=position_ids)
+    assert torch.equal(whole_mask(position_ids), expected)
