@@ -47,7 +47,11 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
             distillation = Distillation(settings)
             distillation.prepare()
             found[init] = {name: quality.to_dict() for name, quality in distillation.evaluate().items()}
-            found[init]["all together"] = _together(found[init])
+            trained = {source.name for source in settings.data.train}
+            kinds = {name: row for name, row in found[init].items() if name in trained}
+            found[init] |= {"all together": _together(found[init])}
+            if kinds:
+                found[init]["all kinds trained on"] = _together(kinds)
     rows = {
         name: {
             "copied": found["copy"][name],
