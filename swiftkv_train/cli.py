@@ -59,6 +59,45 @@ def fetch(
     run(source, to, data_dir=data or DATA_DIRECTORIES.get(source), revision=revision, report=_say)
 
 
+@app.command(epilog=_example("swiftkv plan recipes/smollm2-135m/quickstart.yaml training.steps=4000 --gpu-memory 24"))
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.0, help="GiB of one GPU: say whether the run fits; exit 1, and what to change, if not."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs, with one process on each.")] = 1,
+    device: Annotated[str, typer.Option(help="cuda or cpu, which need not be present.")] = "cuda",
+    context: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Tokens of context that inference is counted at; default: data.sequence_length."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will train, compute and hold, by part, from the base's config alone: no weights, no GPU."""
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device {device!r} is not known; use cuda or cpu")
+    if gpu_memory is not None and device == "cpu":
+        raise UserError("--gpu-memory goes with --device cuda")
+    from swiftkv_train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    from swiftkv_train.plan import plan as run
+    from swiftkv_train.plan.report import print_plan, verdict
+
+    limit = None if gpu_memory is None else round(gpu_memory * 2**30)
+    result = run(checked, processes=processes, device=device, context=context, gpu_memory=limit)
+    if as_json:
+        _print_json(result)
+    else:
+        print_plan(result)
+    if limit is not None:
+        if not result["fit"]["fits"]:
+            raise RunError(verdict(result))
+        _say(verdict(result))
+
+
 @app.command(epilog=_example("swiftkv prepare recipes/smollm2-135m/quickstart.yaml"))
 def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Generate and tokenise all that a recipe reads into data.cache_dir, on a machine without a GPU if you like.

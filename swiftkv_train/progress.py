@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,12 @@ class Reporter:
         self.console = Console(stderr=True, highlight=False, quiet=not enabled)
 
     def line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        with suppress(OSError):  # a log file on a full disk must not end a run
+            self.console.print(text, soft_wrap=True, markup=False)
 
     def table(self, table: Table) -> None:
-        self.console.print(table)
+        with suppress(OSError):
+            self.console.print(table)
 
     @contextmanager
     def bar(self, task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:

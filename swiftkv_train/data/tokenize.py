@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Tokens: TypeAlias = "tuple[NDArray[np.int32], NDArray[np.uint8]]"
 
 BATCH_DOCUMENTS = 512
-BATCH_CHARACTERS = 2_000_000
+BATCH_CHARACTERS = 8_000_000  # some 200 MB while it is tokenised; long documents for every core
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -12,14 +13,11 @@ from swiftkv_models import LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
 from swiftkv_train.flops import causal_pairs, distillation_flops
 from swiftkv_train.loading import dtype_of, load_config
-from swiftkv_train.plan.advice import first_fitting
+from swiftkv_train.plan.advice import first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
 from swiftkv_train.plan.memory import training_memory
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.student import add_adapters, trainable_parameters
-
-# Of a GPU's memory, what CUDA's context, the libraries' workspaces and fragmentation take: an assumption.
-RESERVED = 2**30
 
 
 def plan(
@@ -30,38 +28,90 @@ def plan(
     context: int | None = None,
     gpu_memory: int | None = None,
 ) -> dict[str, Any]:
-    """The plan of a recipe: parameters, tokens, FLOPs, bytes by part.
+    """The plan of a recipe: parameters, tokens, FLOPs, and bytes by part.
 
     Args:
         processes: GPUs, one process on each.
         device: 'cuda' or 'cpu', which need not be present.
         context: tokens of the prompt that inference is counted for; left out, `data.sequence_length`.
-        gpu_memory: bytes of one GPU; the result then says whether the run fits, and what makes it fit.
+        gpu_memory: bytes of one GPU; the result then says whether a step fits, and what would make it fit.
 
     Raises:
         UserError: no such base, or a recipe that cannot be trained so.
     """
-    training = recipe.training
-    if training.batch_size < processes:
-        raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes} processes")
+    training, length = recipe.training, recipe.data.sequence_length
+    group = recipe.distributed.sequence_parallel
+    if processes % group:
+        raise UserError(f"distributed.sequence_parallel {group} does not divide the number of processes, {processes}")
+    if training.batch_size < processes // group:
+        raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes // group} processes or groups that share it")
     model = model_on_meta(recipe)
-    config, base = model.config, model.config.__class__.from_dict(model.config.to_dict())
-    base.num_key_value_layers = base.num_hidden_layers
-    length = context or recipe.data.sequence_length
-    itemsize = torch.empty(0, dtype=dtype_of(recipe.model.dtype)).element_size()
+    config = model.config
+    base = copy.copy(config)
+    base.num_key_value_layers = config.num_hidden_layers
+    context = context or length
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    step_tokens = training.batch_size * recipe.data.sequence_length
-    step_flops = distillation_flops(
-        config,
-        tokens=step_tokens,
-        pairs=training.batch_size * causal_pairs(recipe.data.sequence_length),
-        loss_tokens=step_tokens,
-    )
+    tokens, rank = training.batch_size * length, training.lora.rank if training.lora else 0
+    pairs = training.batch_size * causal_pairs(length)
+    flops = distillation_flops(config, tokens=tokens, pairs=pairs, loss_tokens=tokens, lora_rank=rank)
     memory = training_memory(model, recipe, processes=processes, device=device)
-    return {
+    result = {
         "base": recipe.model.base,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_layers": config.num_key_value_layers,
         "key_value_group_size": config.key_value_group_size,
         "parameters": {"trained": trained, "frozen": sum(p.numel() for p in model.parameters()) - trained},
+        "training": {
+            "steps": training.steps,
+            "sequence_length": length,
+            "tokens_per_step": tokens,
+            "tokens": training.steps * tokens,
+            "flops_per_token": flops / tokens,
+            "flops": training.steps * flops,
+        },
+        "memory": {
+            "device": device,
+            "processes": processes,
+            "strategy": recipe.distributed.strategy,
+            "micro_batch_size": training.micro_batch_size,
+            "bytes": asdict(memory),
+        },
+        "inference": {
+            "context": context,
+            "cache_bytes_per_token": {
+                "base": cache_bytes_per_token(base, model.dtype.itemsize),
+                "swiftkv": cache_bytes_per_token(config, model.dtype.itemsize),
+            },
+            "prefill_flops_per_token": {
+                "base": prefill_flops(base, context) / context,
+                "swiftkv": prefill_flops(config, context) / context,
+            },
+            "decode_flops_per_token": {"base": decode_flops(base, context), "swiftkv": decode_flops(config, context)},
+        },
     }
+    if gpu_memory is not None:
+        fit = first_that_fits(model, recipe, processes=processes, gpu_memory=gpu_memory)
+        result["fit"] = {"gpu_memory": gpu_memory, "fits": fit is not None and not fit.changes}
+        if fit is not None and fit.changes:
+            result["fit"]["change"] = {"settings": fit.changes, "peak": fit.memory.peak}
+    return result
+
+
+def model_on_meta(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
+    """The model that the recipe trains, adapters too, without its weights: only the base's configuration is read."""
+    config = load_config(recipe.model.base, revision=recipe.model.revision, families=("llama",))
+    length, context = recipe.data.sequence_length, config.max_position_embeddings
+    if length > context:
+        raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")
+    first, layers = recipe.rewrite.num_key_value_layers, config.num_hidden_layers
+    if first == layers:
+        raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype_of(recipe.model.dtype))
+        try:
+            model = rewrite(base, num_key_value_layers=first, key_value_group_size=recipe.rewrite.key_value_group_size)
+        except RewriteError as error:
+            raise UserError(f"rewrite: {error}") from None
+        if recipe.training.lora is not None:
+            add_adapters(model, recipe.training.lora)
+    return model

@@ -11,7 +11,7 @@ The parts do not all meet: where a step is one micro-batch, gradients come as ac
 the moments of a step: the loss, the beginning and the end of the backward pass, the update. Of every token a loss is
 assumed, and of every sequence that several documents are packed in it, as nearly all are.
 
-B sequences of T tokens (N = B T)   D hidden size   I width of the MLP   H query heads   G K/V heads   C head size
+B sequences of T tokens (N = B T, or the part of it that a process of a sequence-parallel group has)   D hidden size   I width of the MLP   H query heads   G K/V heads   C head size
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def training_memory(
     if processes > 1 and strategy == "ddp":
         communication = trained * FP32  # gradients once more, in the buckets that are exchanged
 
-    sequences = math.ceil(training.batch_size / processes)
+    sequences = math.ceil(training.batch_size / (processes // recipe.distributed.sequence_parallel))
     tail = _Tail(model, recipe, rows=min(training.micro_batch_size, sequences), dtype=dtype, device=device)
     chunk = distillation_kl_bytes(tail.tokens, tail.hidden, model.config.vocab_size, dtype, device)
     accumulated = gradients if sequences > training.micro_batch_size else 0
@@ -93,7 +93,9 @@ def training_memory(
         copies + gradients + tail.last_backward(),
         update,
     )
-    return Memory(weights + copies, gradients, optimizer, tail.saved() + tail.final_states(), chunk, communication, peak)
+    return Memory(
+        weights + copies, gradients, optimizer, tail.saved() + tail.final_states(), chunk, communication, peak
+    )
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:
@@ -103,12 +105,10 @@ def _elements(parameters: Iterable[nn.Parameter]) -> int:
 class _Tail:
     """What a forward and backward of the student's tail over [B, T] tokens holds, in bytes."""
 
-    def __init__(
-        self, model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, rows: int, dtype: torch.dtype, device: str
-    ):
+    def __init__(self, model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, rows: int, dtype: torch.dtype, device: str):
         config = model.config
         self.rows, self.length = rows, recipe.data.sequence_length
-        self.tokens = self.rows * self.length
+        self.tokens = self.rows * self.length // recipe.distributed.sequence_parallel
         self.hidden, self.heads = config.hidden_size, config.num_attention_heads
         head_dim = cast(int, config.head_dim)
         self.query, self.key_value = self.heads * head_dim, cast(int, config.num_key_value_heads) * head_dim
@@ -127,19 +127,21 @@ class _Tail:
 
     @property
     def scores(self) -> int:
-        """Number of attention scores [B, H, T, T]."""
+        """Number of attention scores [B, H, T, T], or of a process's share of the heads."""
         return self.tokens * self.length * self.heads
 
     def saved(self) -> int:
         """Kept from the forward pass for the backward pass."""
-        mask = 0 if self.attention == "flash_attention_2" else self.tokens * self.length
+        mask = 0 if self.attention == "flash_attention_2" else self.rows * self.length**2
         shared = self.tables + mask * (self.itemsize if self.attention == "eager" else 1)
         if self.lora is None:  # norm_swiftkv is trained
             shared += self.state(self.hidden)
         if not self.half:  # one tensor that all K and V are projected from; autocast makes a copy for each
             shared += self.state(self.hidden)
         if not self.checkpointing:
-            return shared + self.leaders * self.layer(leads=True) + (self.layers - self.leaders) * self.layer(leads=False)
+            return (
+                shared + self.leaders * self.layer(leads=True) + (self.layers - self.leaders) * self.layer(leads=False)
+            )
         if self.half:
             shared += self.tokens * self.hidden * FP32
         return shared + self.layers * self.state(self.hidden) + self.leaders * 2 * self.state(self.key_value)
@@ -164,7 +166,7 @@ class _Tail:
         if self.attention == "flash_attention_2":
             return 2 * query + key_value + log_sum_exp
         # torch's memory-efficient operator: K and V repeated, output, and the mask made into numbers
-        return 4 * query + log_sum_exp + self.tokens * self.length * self.itemsize
+        return 4 * query + log_sum_exp + self.rows * self.length**2 * self.itemsize
 
     def final_states(self) -> int:
         """Held beside that while the loss is formed: what enters the tail, both models' last states, rows with loss."""

@@ -1,5 +1,6 @@
 """Runs that go on from a checkpoint, in this process: exact, or refused with what changed. Kills are in tests/e2e."""
 
+import io
 import json
 import random
 import resource
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 import swiftkv_train.distill as distill_module
 from debug_recipe import comparable, metrics
 from swiftkv_train import checkpointing
+from swiftkv_train.calibrate import LayerFit
 from swiftkv_train.distill import Distillation, DistillationModule, distill
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.metrics import Metrics
+from swiftkv_train.progress import Reporter
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.stopping import Stop
 
@@ -329,6 +332,17 @@ def test_rows_wait_for_room_on_the_disk(make_recipe, place, monkeypatch, capfd):
     said = capfd.readouterr().err
     assert said.count("run/metrics.jsonl cannot be written: No space left on device; rows wait") == 1
     assert_same(place / "run", place / "whole")
+
+
+def test_a_log_file_on_a_full_disk_does_not_end_a_run():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    report = Reporter()
+    report.console.file = Full()
+    report.line("saved")
+    report.fits([LayerFit(0, 1.0, 1.0)])
 
 
 # A stop that is asked for
