@@ -39,8 +39,8 @@ from swiftkv_train.student import (
     add_adapters,
     build_model,
     checkpoint_tail,
-    load_exported_tail,
     layer_by_layer,
+    load_exported_tail,
     trainable_parameters,
     use_training_attention,
 )

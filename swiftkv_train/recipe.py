@@ -167,7 +167,7 @@ class LoraSection(Section):
     """Low-rank adapters (arXiv 2106.09685) on the tail's projections."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0, description="The adapters' product is scaled by alpha / rank.")
+    alpha: int = Field(32, ge=1, description="The adapters' product is scaled by alpha / rank.")
 
 
 class TrainingSection(Section):

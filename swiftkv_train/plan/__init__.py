@@ -44,7 +44,9 @@ def plan(
     if processes % group:
         raise UserError(f"distributed.sequence_parallel {group} does not divide the number of processes, {processes}")
     if training.batch_size < processes // group:
-        raise UserError(f"training.batch_size {training.batch_size} is smaller than the {processes // group} processes or groups that share it")
+        raise UserError(
+            f"training.batch_size {training.batch_size} is smaller than the {processes // group} processes or groups that share it"
+        )
     model = model_on_meta(recipe)
     config = model.config
     base = copy.copy(config)
@@ -55,7 +57,7 @@ def plan(
     pairs = training.batch_size * causal_pairs(length)
     flops = distillation_flops(config, tokens=tokens, pairs=pairs, loss_tokens=tokens, lora_rank=rank)
     memory = training_memory(model, recipe, processes=processes, device=device)
-    result = {
+    result: dict[str, Any] = {
         "base": recipe.model.base,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_layers": config.num_key_value_layers,

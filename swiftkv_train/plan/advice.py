@@ -51,7 +51,7 @@ def _candidates(recipe: Recipe, processes: int) -> Iterator[tuple[Recipe, int]]:
         changed = recipe.model_copy(deep=True)
         changed.training.micro_batch_size = size
         changed.training.gradient_checkpointing = checkpointing
-        changed.distributed.strategy = strategy
+        changed.distributed.strategy = strategy  # type: ignore[assignment]
         yield changed, count
 
 

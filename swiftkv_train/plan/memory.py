@@ -80,7 +80,7 @@ def training_memory(
         communication = trained * FP32  # gradients once more, in the buckets that are exchanged
 
     sequences = math.ceil(training.batch_size / (processes // recipe.distributed.sequence_parallel))
-    tail = _Tail(model, recipe, rows=min(training.micro_batch_size, sequences), dtype=dtype, device=device)
+    tail = TailMemory(model, recipe, rows=min(training.micro_batch_size, sequences), dtype=dtype, device=device)
     chunk = distillation_kl_bytes(tail.tokens, tail.hidden, model.config.vocab_size, dtype, device)
     accumulated = gradients if sequences > training.micro_batch_size else 0
     always = weights + optimizer + communication
@@ -102,7 +102,7 @@ def _elements(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-class _Tail:
+class TailMemory:
     """What a forward and backward of the student's tail over [B, T] tokens holds, in bytes."""
 
     def __init__(self, model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, rows: int, dtype: torch.dtype, device: str):
@@ -179,7 +179,11 @@ class _Tail:
 
     def last_backward(self) -> int:
         """Held at its end, in the first layer of the tail."""
-        return self.layer(leads=True) + self.layer_backward()
+        left = self.layer(leads=True) + self.layer_backward()
+        if self.checkpointing:
+            # K and V of the layers that ran again live on, and with them the copies they were projected from.
+            left += self.saved() + self.leaders * 2 * self.state(self.hidden) * self.half
+        return left
 
     def layer_backward(self) -> int:
         """Held for the gradients inside a layer beyond what it has kept, in its MLP or in its attention."""

@@ -84,7 +84,7 @@ def test_less_is_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("family", ["smollm2", "bias"])
 def test_adapters_start_as_nothing_and_merge_into_what_they_do(family):
-    lora = LoraSection(rank=3, alpha=5.0)
+    lora = LoraSection(rank=3, alpha=5)
     model, ids = student(2, family), random_ids(2, 17)
     before = {name: tensor.clone() for name, tensor in tail_parameters(model).items()}
     with torch.no_grad():
