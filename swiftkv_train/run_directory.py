@@ -91,7 +91,10 @@ class RunDirectory:
         return load_recipe(self.recipe_path)
 
     def write_json(self, name: str, content: Any) -> None:
-        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+        try:
+            write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be written: {error.strerror}") from None
 
     def read_json(self, name: str) -> Any:
         file = self.path / name

@@ -124,7 +124,7 @@ def recorded_state(run: RunDirectory, lock: RunLock, *, enabled: bool) -> Iterat
 
 
 def _write(run: RunDirectory, state: dict[str, Any]) -> None:
-    with suppress(OSError):  # a full disk is for the run itself to tell
+    with suppress(UserError):  # a full disk is for the run itself to tell
         run.write_json(STATE, state)
 
 

@@ -44,9 +44,8 @@ def plan(
     if processes % group:
         raise UserError(f"distributed.sequence_parallel {group} does not divide the number of processes, {processes}")
     if training.batch_size < processes // group:
-        raise UserError(
-            f"training.batch_size {training.batch_size} is smaller than the {processes // group} processes or groups that share it"
-        )
+        sharing = f"{processes // group} processes or groups that share it"
+        raise UserError(f"training.batch_size {training.batch_size} is smaller than the {sharing}")
     model = model_on_meta(recipe)
     config = model.config
     base = copy.copy(config)

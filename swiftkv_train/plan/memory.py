@@ -11,7 +11,8 @@ The parts do not all meet: where a step is one micro-batch, gradients come as ac
 the moments of a step: the loss, the beginning and the end of the backward pass, the update. Of every token a loss is
 assumed, and of every sequence that several documents are packed in it, as nearly all are.
 
-B sequences of T tokens (N = B T, or the part of it that a process of a sequence-parallel group has)   D hidden size   I width of the MLP   H query heads   G K/V heads   C head size
+B sequences of T tokens (N = B T, or the part of it that a process of a sequence-parallel group has)
+D hidden size   I width of the MLP   H query heads   G K/V heads   C head size
 """
 
 from __future__ import annotations

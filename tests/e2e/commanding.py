@@ -39,7 +39,9 @@ class Result:
         return lines[-1]
 
 
-PROGRESS = re.compile(r"(base|tokenised|data|calibrate|trained|resumed|run|check|quality|first token|held out) ")
+PROGRESS = re.compile(
+    r"(base|damaged|tokenised|data|calibrate|trained|resumed|run|check|quality|first token|held out) "
+)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -226,10 +226,13 @@ def test_going_back_to_a_checkpoint_drops_what_came_after_it(run, recipe):
     assert names(run) == ["step-000001", "step-000002"]
 
 
-def test_json_files_are_written_whole_and_damage_is_named(run):
+def test_json_files_are_written_whole_and_damage_is_named(run, small_files):
     run.write_json("calibration.json", [1])
     assert run.read_json("calibration.json") == [1]
     assert run.read_json("absent.json") is None
+    with small_files(100), pytest.raises(UserError, match=r"calibration\.json cannot be written: File too large"):
+        run.write_json("calibration.json", ["x" * 200])
+    assert run.read_json("calibration.json") == [1]
     (run.path / "calibration.json").write_text("[1")
     with pytest.raises(UserError, match=r"calibration\.json is damaged"):
         run.read_json("calibration.json")
