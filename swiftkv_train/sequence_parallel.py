@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.strategies import import_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,10 +42,7 @@ def sequence_group(recipe: Recipe, accelerator: Accelerator) -> Any:
         raise UserError(f"{key} does not divide data.sequence_length {recipe.data.sequence_length}")
     if recipe.model.attention != "sdpa":
         raise UserError(f"{key} needs model.attention sdpa, not {recipe.model.attention}")
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError(f"{key} needs DeepSpeed: DS_BUILD_OPS=0 pip install 'swiftkv-train[deepspeed]'") from None
+    deepspeed = import_deepspeed(key)
     if not deepspeed.comm.is_initialized():  # its exchange goes through its own front of torch.distributed
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     neighbours = [list(range(first, first + size)) for first in range(0, processes, size)]

@@ -184,16 +184,8 @@ class ZeRO(DataParallel):
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
+        import_deepspeed(f"distributed.strategy {self.recipe.distributed.strategy}")
         on_cpu = not torch.accelerator.is_available()
-        if on_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        try:
-            import deepspeed  # noqa: F401
-        except ImportError:
-            raise UserError(
-                f"distributed.strategy {self.recipe.distributed.strategy} needs DeepSpeed: "
-                "DS_BUILD_OPS=0 pip install 'swiftkv-train[deepspeed]'"
-            ) from None
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(self.recipe))
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
         accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
@@ -277,6 +269,19 @@ class ZeRO(DataParallel):
     def _flat_states(self) -> list[dict[str, Any]]:
         """The state of every flat tensor that DeepSpeed's inner optimizer steps."""
         return list(self.optimizer.optimizer.state.values())
+
+
+def import_deepspeed(needed_by: str) -> Any:
+    """The package. Raises UserError where it is not installed."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError(f"{needed_by} needs DeepSpeed: DS_BUILD_OPS=0 pip install 'swiftkv-train[deepspeed]'") from None
+    # On CPU it would compile an exchange of its own at first use, which not every machine can; gloo does it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:

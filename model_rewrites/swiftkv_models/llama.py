@@ -17,7 +17,7 @@ G K/V heads, C head size.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -48,7 +48,10 @@ class LlamaSwiftKVConfig(LlamaConfig):
 
     model_type = "llama_swiftkv"
 
-    num_key_value_layers: int = None  # type: ignore[assignment]  # l; left out: all layers, the base model itself
+    if TYPE_CHECKING:
+        num_key_value_layers: int = 0
+    else:
+        num_key_value_layers: int | None = None  # l; left out: all layers, the base model itself
     key_value_group_size: int = 1  # g
     swiftkv: bool = True
     base_projections: bool = False

@@ -75,7 +75,7 @@ def plan(
             "processes": processes,
             "strategy": recipe.distributed.strategy,
             "micro_batch_size": training.micro_batch_size,
-            "bytes": asdict(memory),
+            "bytes": {**asdict(memory), "peak": memory.peak},
         },
         "inference": {
             "context": context,

@@ -1,4 +1,4 @@
-"""What a training step holds on one GPU: from the model's shapes, the recipe and the number of processes.
+"""What training holds on one GPU: from the model's shapes, the recipe and the number of processes.
 
     weights        frozen ones in model.dtype; trained ones in fp32 and, under autocast, their copy in model.dtype
     gradients      of the trained weights, fp32
@@ -7,12 +7,12 @@
     loss chunk     the buffers of `distillation_kl`, and the gradient it forms
     communication  what processes gather or exchange in one piece
 
-The parts do not all meet: where a step is one micro-batch, gradients come as activations go. `peak` is the largest of
+The parts do not all meet: where a step is one micro-batch, gradients come as activations go. `step` is the largest of
 the moments of a step: the loss, the beginning and the end of the backward pass, the update. Of every token a loss is
 assumed, and of every sequence that several documents are packed in it, as nearly all are.
 
-B sequences of T tokens (N = B T, or the part of it that a process of a sequence-parallel group has)
-D hidden size   I width of the MLP   H query heads   G K/V heads   C head size
+B sequences of T tokens   N = B T, or a process's part of them where a group shares them (sequence_parallel)
+D hidden size   I width of the MLP   H query heads   G K/V heads   C head size   V vocabulary
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from swiftkv_train.recipe import Recipe
 from swiftkv_train.student import trainable_parameters
 
 FP32 = 4
+EVALUATED_ROWS = 256  # as `DistillationModule.compare` takes them
 # Bytes of AdamW's moments per trained parameter; 8-bit ones have two fp32 scales for every 256 parameters.
 MOMENTS = {"adamw": 2 * FP32, "adamw_8bit": 2 + 2 * FP32 / 256, "paged_adamw_8bit": 2 + 2 * FP32 / 256}
 # What a process holds only its part of.
@@ -47,7 +48,7 @@ SHARDED: dict[str, set[str]] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU: each part at its largest, and all of them at the worst moment of a step."""
+    """Bytes on one GPU: each part at its largest, then all that is held at the worst moments."""
 
     weights: int
     gradients: int
@@ -55,7 +56,12 @@ class Memory:
     activations: int
     loss_chunk: int
     communication: int
-    peak: int
+    step: int
+    evaluation: int  # 0 without held-out text
+
+    @property
+    def peak(self) -> int:
+        return max(self.step, self.evaluation)
 
 
 def training_memory(
@@ -82,21 +88,21 @@ def training_memory(
 
     sequences = math.ceil(training.batch_size / (processes // recipe.distributed.sequence_parallel))
     tail = TailMemory(model, recipe, rows=min(training.micro_batch_size, sequences), dtype=dtype, device=device)
-    chunk = distillation_kl_bytes(tail.tokens, tail.hidden, model.config.vocab_size, dtype, device)
+    chunk = distillation_kl_bytes(tail.tokens, tail.hidden, tail.vocabulary, dtype, device)
     accumulated = gradients if sequences > training.micro_batch_size else 0
     always = weights + optimizer + communication
     update = gradients  # AdamW on CUDA takes the roots of all second moments at a time
     if device == "cuda" and training.optimizer == "adamw":
         update += optimizer // 2
-    peak = always + max(
+    step = always + max(
         copies + accumulated + tail.saved() + tail.final_states() + chunk,
         copies + accumulated + tail.backward(),
         copies + gradients + tail.last_backward(),
         update,
     )
-    return Memory(
-        weights + copies, gradients, optimizer, tail.saved() + tail.final_states(), chunk, communication, peak
-    )
+    evaluation = always + copies + tail.evaluation() if recipe.data.held_out else 0
+    activations = tail.saved() + tail.final_states()
+    return Memory(weights + copies, gradients, optimizer, activations, chunk, communication, step, evaluation)
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:
@@ -110,7 +116,7 @@ class TailMemory:
         config = model.config
         self.rows, self.length = rows, recipe.data.sequence_length
         self.tokens = self.rows * self.length // recipe.distributed.sequence_parallel
-        self.hidden, self.heads = config.hidden_size, config.num_attention_heads
+        self.hidden, self.heads, self.vocabulary = config.hidden_size, config.num_attention_heads, config.vocab_size
         head_dim = cast(int, config.head_dim)
         self.query, self.key_value = self.heads * head_dim, cast(int, config.num_key_value_heads) * head_dim
         self.tables = 2 * self.tokens * head_dim * dtype.itemsize  # cos, sin
@@ -172,6 +178,11 @@ class TailMemory:
     def final_states(self) -> int:
         """Held beside that while the loss is formed: what enters the tail, both models' last states, rows with loss."""
         return (6 + self.half) * self.state(self.hidden)
+
+    def evaluation(self) -> int:
+        """Held while the two models' logits of some rows are compared (`quality.token_measures`)."""
+        logits = EVALUATED_ROWS * self.vocabulary * (2 * self.itemsize + 5 * FP32)
+        return 4 * self.rows * self.length * self.hidden * self.itemsize + logits
 
     def backward(self) -> int:
         """Held at the beginning of the backward pass, in the last layer."""

@@ -54,7 +54,9 @@ def _memory(memory: dict[str, Any]) -> Table:
         if memory["bytes"][key]:
             table.add_row(name, size(memory["bytes"][key]))
     table.add_section()
-    table.add_row("peak (not all at once)", size(memory["bytes"]["peak"]))
+    table.add_row("peak of a step (not all meet)", size(memory["bytes"]["step"]))
+    if memory["bytes"]["evaluation"]:
+        table.add_row("peak of an evaluation", size(memory["bytes"]["evaluation"]))
     return table
 
 

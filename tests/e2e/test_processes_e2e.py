@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,8 @@ from commanding import environment, run_here, start
 from debug_recipe import comparable, metrics, write_recipe
 from swiftkv_train.run_directory import RunDirectory
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-# Without `--multi_gpu` accelerate starts one process on a machine without GPUs, whatever number it is given.
-LAUNCH += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+TWO_PROCESSES = Path(__file__).parents[2] / "recipes/accelerate/cpu.yaml"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
 
 
 SHARDED = ["zero1", "zero2", "zero3", "fsdp2"]
