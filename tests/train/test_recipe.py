@@ -68,7 +68,7 @@ def test_an_unknown_key_is_told_before_the_missing_one_that_it_explains():
         ("loss=3", "loss must be a section with keys of its own (temperature, hidden_mse), found 3"),
         ("data.train=[]", "data.train: List should have at least 1 item"),
         ("data.train.1.name=prose", "data.train: two sources are named 'prose'"),
-        ("data.train.0.dataset=x/y", "data.train.0: a source needs exactly one of `path` and `dataset`"),
+        ("data.train.0.dataset=x/y", "data.train.0: a source needs exactly one of `path`, `dataset` and `generate`"),
         ("rewrite.init=checkpoint", "rewrite: `init: checkpoint` and `init_from: DIR` go together"),
     ],
 )
