@@ -2,7 +2,7 @@
 
     weights        frozen ones in model.dtype; trained ones in fp32 and, under autocast, their copy in model.dtype
     gradients      of the trained weights, fp32
-    optimizer      AdamW's two moments
+    optimizer      AdamW's two moments; DeepSpeed's copy of the trained weights
     activations    what autograd keeps of the student's tail, and the final states of both; the trunk keeps nothing
     loss chunk     the buffers of `distillation_kl`, and the gradient it forms
     communication  what processes gather or exchange in one piece
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,12 +30,15 @@ from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
 from swiftkv_train.loading import dtype_of
 from swiftkv_train.recipe import Recipe
+from swiftkv_train.strategies import deepspeed_config
 from swiftkv_train.student import trainable_parameters
 
 FP32 = 4
 EVALUATED_ROWS = 256  # as `DistillationModule.compare` takes them
 # Bytes of AdamW's moments per trained parameter; 8-bit ones have two fp32 scales for every 256 parameters.
 MOMENTS = {"adamw": 2 * FP32, "adamw_8bit": 2 + 2 * FP32 / 256, "paged_adamw_8bit": 2 + 2 * FP32 / 256}
+# DeepSpeed's defaults, in elements.
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 # What a process holds only its part of.
 SHARDED: dict[str, set[str]] = {
     "ddp": set(),
@@ -75,34 +78,69 @@ def training_memory(
     half = dtype != torch.float32
     strategy = recipe.distributed.strategy if processes > 1 else "ddp"
 
+    sequences = math.ceil(training.batch_size / (processes // recipe.distributed.sequence_parallel))
+    accumulates = sequences > training.micro_batch_size
+
     def part(name: str, size: float) -> int:
         return math.ceil(size / processes if name in SHARDED[strategy] else size)
 
     weights = part("weights", frozen * dtype.itemsize + trained * FP32)
     copies = trained * dtype.itemsize if half else 0  # autograd keeps them whole
     gradients = part("gradients", trained * FP32)
-    optimizer = part("optimizer", trained * MOMENTS[training.optimizer])
-    communication = 0
-    if processes > 1 and strategy == "ddp":
-        communication = trained * FP32  # gradients once more, in the buckets that are exchanged
+    if strategy == "fsdp2" and accumulates:
+        gradients = trained * FP32  # in parts only once they are exchanged
+    # DeepSpeed keeps an fp32 copy of its part of the weights, whatever dtype they are in.
+    masters = FP32 if strategy.startswith("zero") else 0
+    optimizer = part("optimizer", trained * (MOMENTS[training.optimizer] + masters))
+    communication, exchanged = 0, 0
+    if processes > 1:
+        communication, exchanged = _communication(model, recipe, dtype.itemsize)
 
-    sequences = math.ceil(training.batch_size / (processes // recipe.distributed.sequence_parallel))
     tail = TailMemory(model, recipe, rows=min(training.micro_batch_size, sequences), dtype=dtype, device=device)
     chunk = distillation_kl_bytes(tail.tokens, tail.hidden, tail.vocabulary, dtype, device)
-    accumulated = gradients if sequences > training.micro_batch_size else 0
+    accumulated = gradients if accumulates else 0
     always = weights + optimizer + communication
     update = gradients  # AdamW on CUDA takes the roots of all second moments at a time
     if device == "cuda" and training.optimizer == "adamw":
         update += optimizer // 2
     step = always + max(
         copies + accumulated + tail.saved() + tail.final_states() + chunk,
-        copies + accumulated + tail.backward(),
-        copies + gradients + tail.last_backward(),
+        copies + accumulated + exchanged + tail.backward(),
+        copies + gradients + exchanged + tail.last_backward(),
         update,
     )
     evaluation = always + copies + tail.evaluation() if recipe.data.held_out else 0
     activations = tail.saved() + tail.final_states()
+    communication += exchanged
     return Memory(weights + copies, gradients, optimizer, activations, chunk, communication, step, evaluation)
+
+
+def _communication(model: LlamaSwiftKVForCausalLM, recipe: Recipe, itemsize: int) -> tuple[int, int]:
+    """Bytes that several processes take for what they exchange or gather: always, and in backward passes only."""
+    strategy = recipe.distributed.strategy
+    trained = {id(parameter) for parameter in trainable_parameters(model).values()}
+
+    def size(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (FP32 if id(p) in trained else itemsize) for p in parameters)
+
+    if strategy == "ddp":  # the buckets that gradients are copied to
+        return FP32 * _elements(trainable_parameters(model).values()), 0
+    layers = [size(layer.parameters()) for layer in model.model.layers]
+    tail = layers[model.config.num_key_value_layers :]
+    rest = size(model.parameters()) - sum(layers)  # embeddings, head and norms
+    if strategy == "fsdp2":
+        return rest + max(tail), 0
+    settings = deepspeed_config(recipe)["zero_optimization"]
+    bucket = FP32 * _number(settings.get("reduce_bucket_size"), REDUCE_BUCKET)
+    if strategy != "zero3":
+        return 0, bucket
+    # What a step uses again, as the tail, stays gathered.
+    most = itemsize * _number(settings.get("stage3_max_live_parameters"), MAX_LIVE_PARAMETERS)
+    return bucket + min(rest + sum(tail), most), 0
+
+
+def _number(setting: Any, default: int) -> int:
+    return int(setting) if isinstance(setting, int | float) else default
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:
@@ -139,8 +177,9 @@ class TailMemory:
 
     def saved(self) -> int:
         """Kept from the forward pass for the backward pass."""
-        mask = 0 if self.attention == "flash_attention_2" else self.rows * self.length**2
-        shared = self.tables + mask * (self.itemsize if self.attention == "eager" else 1)
+        # A mask that is added, eager's, is not kept.
+        mask = 0 if self.attention in ("flash_attention_2", "eager") else self.rows * self.length**2
+        shared = self.tables + mask
         if self.lora is None:  # norm_swiftkv is trained
             shared += self.state(self.hidden)
         if not self.half:  # one tensor that all K and V are projected from; autocast makes a copy for each

@@ -247,24 +247,25 @@ def test_only_the_configuration_of_the_base_is_read(make_recipe, tmp_path):
     assert plan(make_recipe(model__base="bare")) == {**expected, "base": "bare"}
 
 
-def test_processes_share_what_the_strategy_says(make_recipe):
-    def memory(strategy, processes=4):
-        recipe = make_recipe(distributed__strategy=strategy, training__batch_size=16)
-        return training_memory(model_on_meta(recipe), recipe, processes=processes)
-
-    alone = memory("ddp", 1)
-    whole = {"weights": alone.weights, "gradients": alone.gradients, "optimizer": alone.optimizer}
-    quarters = {name: -(-size // 4) for name, size in whole.items()}
-    for strategy, shared in (
-        ("ddp", set()),
-        ("zero1", {"optimizer"}),
-        ("zero2", {"optimizer", "gradients"}),
-        ("zero3", {"optimizer", "gradients", "weights"}),
-        ("fsdp2", {"optimizer", "gradients", "weights"}),
-    ):
-        found = memory(strategy)
-        for name, size in whole.items():
-            assert getattr(found, name) == (quarters[name] if name in shared else size), (strategy, name)
+@pytest.mark.parametrize(
+    ("strategy", "frozen", "trained", "gradients", "optimizer"),
+    [  # bytes per frozen and per trained parameter on each of four processes
+        ("ddp", 2, 4, 4, 8),
+        ("zero1", 2, 4, 4, 12 / 4),  # and DeepSpeed's fp32 copy
+        ("zero2", 2, 4, 4 / 4, 12 / 4),
+        ("zero3", 2 / 4, 4 / 4, 4 / 4, 12 / 4),
+        ("fsdp2", 2 / 4, 4 / 4, 4 / 4, 8 / 4),
+    ],
+)
+def test_processes_share_what_the_strategy_says(make_recipe, strategy, frozen, trained, gradients, optimizer):
+    recipe = make_recipe(model__dtype="bfloat16", distributed__strategy=strategy, training__batch_size=16)
+    planned = plan(recipe, processes=4)
+    parameters, memory = planned["parameters"], planned["memory"]["bytes"]
+    copies = 2 * parameters["trained"]  # of autocast
+    weights = frozen * parameters["frozen"] + trained * parameters["trained"] + copies
+    assert memory["weights"] == pytest.approx(weights, abs=1)
+    assert memory["gradients"] == pytest.approx(gradients * parameters["trained"], abs=1)
+    assert memory["optimizer"] == pytest.approx(optimizer * parameters["trained"], abs=1)
 
 
 @pytest.fixture
