@@ -30,6 +30,7 @@ from swiftkv_train.flops import device_peak, distillation_flops
 from swiftkv_train.loading import load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, summarise, token_measures
+from swiftkv_train.quantized_base import quantize_base
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
 from swiftkv_train.run_state import RunLock, recorded_state
 from swiftkv_train.sequence_parallel import part_of, sequence_group, use_sequence_parallel_attention, whole_mask
@@ -219,12 +220,16 @@ class Distillation:
         self.checkpoints.compare(self.data, sources)
 
         model.requires_grad_(False)
-        if not self.strategy.shards_weights:  # else a device may be too small for all of it
+        quantization = recipe.model.quantization
+        if not (self.strategy.shards_weights or quantization):  # else a device may be too small for all of it
             model.to(accelerator.device)
         use_training_attention(model)
         checkpoint = self.checkpoints.resumed
         if checkpoint is None:
             self._start_tail(model)
+        if quantization:
+            quantize_base(model, quantization, accelerator.device)
+            model.to(accelerator.device)
         if training.lora is not None:
             add_adapters(model, training.lora)
         parameters = trainable_parameters(model)

@@ -53,6 +53,9 @@ class ModelSection(Section):
         "bfloat16", description="Compute dtype of the frozen base."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="Hold the frozen layers in 8 or 4 bits while training (extra `bitsandbytes`)."
+    )
 
 
 class RewriteSection(Section):

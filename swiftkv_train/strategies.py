@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.quantized_base import import_bitsandbytes
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.student import tail_parameters, trainable_parameters
 
@@ -351,12 +352,7 @@ def _optimizer_class(name: str, device: torch.device) -> Callable[..., torch.opt
         return torch.optim.AdamW
     if device.type != "cuda":
         raise UserError(f"training.optimizer {name} runs on CUDA only; use adamw")
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise UserError(
-            f"training.optimizer {name} needs bitsandbytes: pip install 'swiftkv-train[bitsandbytes]'"
-        ) from None
+    bitsandbytes = import_bitsandbytes(f"training.optimizer {name}")
     return bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
 
 
@@ -375,8 +371,9 @@ def make_strategy(recipe: Recipe) -> DataParallel:
     for key, value, instead in (
         ("model.dtype", recipe.model.dtype, "bfloat16"),
         ("training.optimizer", recipe.training.optimizer, "adamw"),
+        ("model.quantization", recipe.model.quantization or "", "null"),
     ):
-        if name != "ddp" and (value == "float16" or value.endswith("8bit")):
+        if name != "ddp" and (value in ("float16", "int8", "nf4") or value.endswith("8bit")):
             raise UserError(f"{key} {value} trains under distributed.strategy ddp only, not {name}; use {instead}")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone or name == "ddp":

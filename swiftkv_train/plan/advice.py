@@ -8,10 +8,12 @@ from itertools import product
 
 from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.plan.memory import Memory, training_memory
+from swiftkv_train.quantized_base import Quantization
 from swiftkv_train.recipe import Recipe
 
 # What CUDA's context, the libraries' workspaces and fragmentation are given of a GPU: an assumption, not measured.
 RESERVED = 2**30
+QUANTIZATIONS: list[Quantization | None] = [None, "int8", "nf4"]
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
@@ -25,7 +27,8 @@ class Fit:
 
 def first_that_fits(model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, processes: int, gpu_memory: int) -> Fit | None:
     """The recipe's own settings if they fit, else the nearest: a smaller micro-batch, then gradient checkpointing,
-    then sharding, then more processes, each with the changes before it where they are needed too."""
+    then a quantised base or sharding, then more processes, each with the changes before it where they are needed too.
+    """
     for changed, count in _candidates(recipe, processes):
         memory = training_memory(model, changed, processes=count, device="cuda")
         if memory.peak + RESERVED <= gpu_memory:
@@ -43,12 +46,16 @@ def _candidates(recipe: Recipe, processes: int) -> Iterator[tuple[Recipe, int]]:
         sizes.append(sizes[-1] // 2)
     shardable = training.optimizer == "adamw" and recipe.model.dtype != "float16"  # as the strategies ask for
     strategies = STRATEGIES[STRATEGIES.index(own) :] if shardable else [own]
-    for count, strategy, checkpointing, size in product(
-        counts, strategies, sorted({training.gradient_checkpointing, True}), sizes
+    quantizations = QUANTIZATIONS[QUANTIZATIONS.index(recipe.model.quantization) :]
+    for count, strategy, quantization, checkpointing, size in product(
+        counts, strategies, quantizations, sorted({training.gradient_checkpointing, True}), sizes
     ):
         if strategy != own and count == 1:  # one process has nobody to share with
             continue
+        if strategy != "ddp" and quantization is not None:
+            continue
         changed = recipe.model_copy(deep=True)
+        changed.model.quantization = quantization
         changed.training.micro_batch_size = size
         changed.training.gradient_checkpointing = checkpointing
         changed.distributed.strategy = strategy  # type: ignore[assignment]
@@ -61,6 +68,8 @@ def _changes(recipe: Recipe, changed: Recipe, processes: int, count: int) -> lis
         found.append(f"training.micro_batch_size={changed.training.micro_batch_size}")
     if changed.training.gradient_checkpointing != recipe.training.gradient_checkpointing:
         found.append("training.gradient_checkpointing=true")
+    if changed.model.quantization != recipe.model.quantization:
+        found.append(f"model.quantization={changed.model.quantization}")
     if changed.distributed.strategy != recipe.distributed.strategy:
         found.append(f"distributed.strategy={changed.distributed.strategy}")
     if count != processes:

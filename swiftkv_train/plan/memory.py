@@ -1,6 +1,7 @@
 """What training holds on one GPU: from the model's shapes, the recipe and the number of processes.
 
-    weights        frozen ones in model.dtype; trained ones in fp32 and, under autocast, their copy in model.dtype
+    weights        frozen ones in model.dtype or quantised; trained ones in fp32 and, under autocast, their copy in
+                   model.dtype
     gradients      of the trained weights, fp32
     optimizer      AdamW's two moments; DeepSpeed's copy of the trained weights
     activations    what autograd keeps of the student's tail, and the final states of both; the trunk keeps nothing
@@ -29,6 +30,7 @@ from swiftkv_kernels.causal_attention import BLOCK
 from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
 from swiftkv_train.loading import dtype_of
+from swiftkv_train.quantized_base import BYTES, quantizable_layers
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.strategies import deepspeed_config
 from swiftkv_train.student import trainable_parameters
@@ -84,7 +86,7 @@ def training_memory(
     def part(name: str, size: float) -> int:
         return math.ceil(size / processes if name in SHARDED[strategy] else size)
 
-    weights = part("weights", frozen * dtype.itemsize + trained * FP32)
+    weights = part("weights", _frozen_bytes(model, recipe, frozen, dtype.itemsize) + trained * FP32)
     copies = trained * dtype.itemsize if half else 0  # autograd keeps them whole
     gradients = part("gradients", trained * FP32)
     if strategy == "fsdp2" and accumulates:
@@ -113,6 +115,15 @@ def training_memory(
     activations = tail.saved() + tail.final_states()
     communication += exchanged
     return Memory(weights + copies, gradients, optimizer, activations, chunk, communication, step, evaluation)
+
+
+def _frozen_bytes(model: LlamaSwiftKVForCausalLM, recipe: Recipe, frozen: int, itemsize: int) -> int:
+    """Of the frozen weights; where they are quantised, with the copy that the largest is multiplied from."""
+    kind = recipe.model.quantization
+    if kind is None:
+        return frozen * itemsize
+    sizes = [linear.weight.numel() for linear in quantizable_layers(model).values()]
+    return math.ceil((frozen - sum(sizes) + max(sizes)) * itemsize + sum(sizes) * BYTES[kind])
 
 
 def _communication(model: LlamaSwiftKVForCausalLM, recipe: Recipe, itemsize: int) -> tuple[int, int]:
