@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,9 @@ def load(name: str) -> dict[str, Any]:
 
 def where(result: dict[str, Any]) -> str:
     facts = result["environment"]
-    return (
-        f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, {facts['date']}"
-    )
+    dtype = [facts["dtype"]] if "dtype" in facts else []  # a file may hold figures of several, or of none
+    versions = [f"torch {facts['torch']}", f"transformers {facts['transformers']}"]
+    return ", ".join([facts["device"], f"{facts['threads']} threads", *dtype, *versions, facts["date"]])
 
 
 def quickstart() -> str:
@@ -32,8 +32,67 @@ def quickstart() -> str:
     return "\n\n".join([quality_table(report), speed_table(report), source])
 
 
+def loss_rows(loss: dict[str, Any]) -> list[str]:
+    """Ours against each of the others, which share a cell; those that could not run there too."""
+    lines = []
+    for row in loss["rows"]:
+        ours, *others = row["contenders"].values()
+        against = "; ".join(list(row["contenders"])[1:])
+        shape = f"{row['rows']:,} rows x {row['vocabulary']:,} tokens"
+        for figure, what, show in (
+            ("seconds", f"loss and gradient, {shape}, against {against}", lambda value: f"{value:.2f} s"),
+            ("peak_bytes", "its peak memory", lambda value: f"{value / 2**20:,.0f} MiB"),
+        ):
+            ratio = f"{figure.removesuffix('_bytes')}_ratio"
+            theirs = "; ".join("not measured" if "failed" in cell else show(cell[figure]) for cell in others)
+            ratios = "; ".join("–" if "failed" in cell else f"{cell[ratio]:.2f}" for cell in others)
+            lines.append(f"| {what} | {show(ours[figure])} | {theirs} | {ratios} | `loss.json` |")
+    for row in loss["accuracy"]:
+        (_, ours), *others = row["gradient_error"].items()
+        against = "; ".join(name for name, _ in others)
+        what = f"error of its gradient, {row['vocabulary']:,} tokens, KL {row['kl']:.1g}, against {against}"
+        theirs = "; ".join(f"{error:.2%}" for _, error in others)
+        ratios = "; ".join(f"{ours / error:.2f}" for _, error in others)
+        lines.append(f"| {what} | {ours:.2%} | {theirs} | {ratios} | `loss.json` |")
+    return lines
+
+
+def startup_rows(startup: dict[str, Any]) -> list[str]:
+    cold, warm = startup["rows"]
+    what = (
+        f"start-up to the first batch, filled / empty token cache ({warm['source_files_opened']} of "
+        f"{startup['source_files']} source files opened, {warm['documents_tokenised']:,} documents tokenised)"
+    )
+    figures = f"{warm['seconds']:.3f} s | {cold['seconds']:.3f} s | {startup['seconds_ratio']:.3f}"
+    return [f"| {what} | {figures} | `startup.json` |"]
+
+
+def plan_rows(plan: dict[str, Any]) -> list[str]:
+    """The worst setting of each model."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in plan["rows"]):
+        rows = [row for row in plan["rows"] if row["model"] == model and "failed" not in row]
+        if not rows:
+            continue
+        worst = max(rows, key=lambda row: abs(math.log(row["ratio"])))
+        planned, measured = (f"{worst[f'{kind}_bytes'] / 2**20:,.1f} MiB" for kind in ("predicted", "measured"))
+        what = f"bytes of a training step, planned / measured, {model} model, worst of {len(rows)} settings"
+        lines.append(f"| {what} | {planned} | {measured} | {worst['ratio']:.2f} | `plan.json` |")
+    return lines
+
+
+MEASURED_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "loss.json": loss_rows,
+    "startup.json": startup_rows,
+    "plan.json": plan_rows,
+}
+
+
 def targets() -> str:
-    init, step, prefill = load("init.json"), load("step.json"), load("prefill.json")
+    results = {name: load(name) for name in ("init.json", "step.json", "prefill.json")}
+    # No row where no machine has measured yet.
+    results |= {name: load(name) for name in MEASURED_LATER if (FOLDER / name).exists()}
+    init, step, prefill = results["init.json"], results["step.json"], results["prefill.json"]
     lines = ["| measured side by side | ours | theirs | ratio | file |", "|---|---|---|---|---|"]
     for name, row in init["sources"].items():
         lines.append(
@@ -54,7 +113,28 @@ def targets() -> str:
         ours, theirs = row["student_seconds"] * 1e3, row["base_seconds"] * 1e3
         what = f"time to first token, {row['prompt_tokens']} tokens, SwiftKV / base"
         lines.append(f"| {what} | {ours:.0f} ms | {theirs:.0f} ms | {row['ratio']:.2f} | `prefill.json` |")
-    return "\n".join([*lines, "", f"{where(step)}."])
+    for name, rows in MEASURED_LATER.items():
+        lines += rows(results[name]) if name in results else []
+    return "\n".join([*lines, "", *unmeasured(results), origin(results)])
+
+
+def unmeasured(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Why cells say so."""
+    rows = results["loss.json"]["rows"] if "loss.json" in results else []
+    reasons = {
+        f"{name}: {cell['failed']}" for row in rows for name, cell in row["contenders"].items() if "failed" in cell
+    }
+    return [f"Not measured: {'; '.join(sorted(reasons))}.", ""] if reasons else []
+
+
+def origin(results: dict[str, dict[str, Any]]) -> str:
+    """Where the files were measured: once for those that agree."""
+    files: dict[str, list[str]] = {}
+    for name, result in results.items():
+        files.setdefault(where(result), []).append(f"`{name}`")
+    if len(files) == 1:
+        return f"{next(iter(files))}."
+    return " ".join(f"{', '.join(names)}: {place}." for place, names in files.items())
 
 
 TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets}

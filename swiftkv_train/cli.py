@@ -132,10 +132,12 @@ def distill(
         bool,
         typer.Option("--allow-changed", help="With --resume: even if the recipe, the data or the base has changed."),
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,  # deepspeed's; LOCAL_RANK is what counts
 ) -> None:
     """Rewrite a base model, calibrate its tail and distil the base back into it.
 
-    `accelerate launch -m swiftkv_train.distill RECIPE` does the same on several processes.
+    `accelerate launch -m swiftkv_train.distill RECIPE` or `deepspeed --module swiftkv_train.distill RECIPE` does the
+    same on several processes.
     """
     if allow_changed and not resume:
         raise UserError("--allow-changed goes with --resume")
@@ -303,6 +305,51 @@ def bench_prefill(
     from swiftkv_train.bench.prefill import measure
 
     _finish_bench(measure(checkpoint, base, lengths, repeats), output, as_json)
+
+
+@bench_app.command("loss", epilog=_example("swiftkv bench loss --vocabulary 49152 --hidden-size 576 --rows 512,2048"))
+def bench_loss(
+    vocabulary: Annotated[str, typer.Option(help="Sizes of the head, separated by commas.")] = "49152,128256",
+    hidden_size: Annotated[str, typer.Option(help="One for all of them, or one for each.")] = "576,2048",
+    rows: Annotated[str, typer.Option(help="Numbers of tokens with loss, separated by commas.")] = "512,2048",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns of each implementation.")] = 5,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """The distillation loss and its gradient against plain, reference-style and Liger-Kernel's: time, peak, error."""
+    from swiftkv_train.bench.loss import measure
+
+    _finish_bench(measure(vocabulary, hidden_size, rows, dtype, repeats), output, as_json)
+
+
+@bench_app.command("startup", epilog=_example("swiftkv bench startup recipes/smollm2-135m/quickstart.yaml"))
+def bench_startup(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Starts of each kind.")] = 3,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """What a run does to its data before the first step, with an empty and with a filled token cache."""
+    from swiftkv_train.bench.startup import measure
+
+    _finish_bench(measure(recipe, overrides, repeats), output, as_json)
+
+
+@bench_app.command("plan", epilog=_example("swiftkv bench plan --models debug,135m"))
+def bench_plan(
+    models: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="debug, 135m, 1b, separated by commas; default: those whose size suits the device."),
+    ] = None,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """The peak memory that `swiftkv plan` predicts for a training step against that of a real one, by settings."""
+    from swiftkv_train.bench.plan import measure
+
+    _finish_bench(measure(models), output, as_json)
 
 
 def _say(text: str) -> None:

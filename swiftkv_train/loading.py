@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 # transformers' annotations of `to`, `generate` and the tokenizers' calls reject right uses of them.
 Model: TypeAlias = Any  # a causal language model of transformers
 Tokenizer: TypeAlias = Any  # a fast tokenizer of transformers
+
+
+def tell_deepspeed_of_cpu() -> None:
+    """Before anything imports DeepSpeed, as transformers does to save a model: on CPU it would print a warning."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def dtype_of(name: str) -> torch.dtype | str:
@@ -39,6 +48,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours would stand between them
+    tell_deepspeed_of_cpu()
     config = load_config(path, revision=revision, families=families)
     check_weight_files(Path(path))
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}

@@ -24,6 +24,8 @@ BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 def import_bitsandbytes(needed_by: str) -> Any:
     """The package. Raises UserError where it is not installed."""
+    # It would say which kernels of a hub it does not find, and at every product that int8 takes its inputs in fp16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError:
@@ -46,8 +48,6 @@ def quantize_base(model: LlamaSwiftKVForCausalLM, kind: Quantization, device: to
     Raises UserError where bitsandbytes is missing.
     """
     bnb = import_bitsandbytes(f"model.quantization {kind}")
-    # It would say at every product that int8 takes its inputs in fp16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, linear in quantizable_layers(model).items():
         weight, shape = linear.weight.data, (linear.in_features, linear.out_features)
         has_bias = linear.bias is not None

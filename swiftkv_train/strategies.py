@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.loading import tell_deepspeed_of_cpu
 from swiftkv_train.quantized_base import import_bitsandbytes
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.student import tail_parameters, trainable_parameters
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     Moments = dict[str, torch.Tensor]
+
+
+# How long processes wait for each other: while the main one writes a checkpoint to a slow or full disk, or tokenises.
+PATIENCE = timedelta(hours=3)
 
 
 class DataParallel:
@@ -47,9 +53,11 @@ class DataParallel:
 
     def _make_accelerator(self) -> Accelerator:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         half = "fp16" if self.recipe.model.dtype == "float16" else "no"  # fp16 for its gradient scaler
-        return Accelerator(mixed_precision=half, cpu=not torch.accelerator.is_available())
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        return Accelerator(mixed_precision=half, cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
     def wrap(self, module: nn.Module) -> None:
         """Take the module whose forward is the loss, and make the optimizer of its trainable parameters."""
@@ -96,11 +104,11 @@ class DataParallel:
         return self.accelerator.clip_grad_norm_(list(self.parameters().values()), self.recipe.training.max_grad_norm)
 
     def tail_tensors(self) -> dict[str, torch.Tensor]:
-        """The whole tensors of the tail, trained or not, by name. Every process must call it."""
+        """The whole tensors of the tail, trained or not, by name. Every process must call it; the main one has them."""
         return {name: self._whole(parameter.detach()) for name, parameter in tail_parameters(self.model).items()}
 
     def optimizer_tensors(self) -> Moments:
-        """AdamW's state as whole tensors named `PARAMETER:KEY`. Every process must call it."""
+        """AdamW's state as whole tensors named `PARAMETER:KEY`. Every process must call it; the main one has them."""
         state = self.optimizer.state
         return {
             f"{name}:{key}": self._whole(value)
@@ -129,6 +137,10 @@ class DataParallel:
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor put together for the main process to write, off its device: all of them would not fit there."""
+        return tensor.cpu() if self.accelerator.is_main_process else tensor.new_empty(0)
 
     def _part(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         return tensor.to(parameter.device)
@@ -164,7 +176,7 @@ class FullyShard(DataParallel):
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import DTensor
 
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return self._keep(tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
 
     def _part(self, tensor: torch.Tensor, parameter: Any) -> torch.Tensor:
         from torch.distributed.tensor import distribute_tensor
@@ -188,8 +200,8 @@ class ZeRO(DataParallel):
         import_deepspeed(f"distributed.strategy {self.recipe.distributed.strategy}")
         on_cpu = not torch.accelerator.is_available()
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(self.recipe))
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE)
+        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
         # While this lives transformers loads models in parts; the rewrite needs them whole, and `wrap` parts them.
         plugin.dschf = None
         return accelerator
@@ -228,10 +240,10 @@ class ZeRO(DataParallel):
         found = {}
         for name, parameter in tail_parameters(self.model).items():
             if parameter.requires_grad:
-                found[name] = safe_get_full_fp32_param(parameter)
+                found[name] = self._keep(safe_get_full_fp32_param(parameter))
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    found[name] = parameter.detach().clone()
+                    found[name] = self._keep(parameter.detach().clone())
         return found
 
     def optimizer_tensors(self) -> Moments:
@@ -240,7 +252,7 @@ class ZeRO(DataParallel):
         found = {}
         for name, parameter in self.parameters().items():
             for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{name}:{key}"] = safe_get_full_optimizer_state(parameter, key)
+                found[f"{name}:{key}"] = self._keep(safe_get_full_optimizer_state(parameter, key))
             found[f"{name}:step"] = self._flat_states()[0]["step"].clone()
         return found
 
@@ -274,8 +286,7 @@ class ZeRO(DataParallel):
 
 def import_deepspeed(needed_by: str) -> Any:
     """The package. Raises UserError where it is not installed."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    tell_deepspeed_of_cpu()
     try:
         import deepspeed
     except ImportError:

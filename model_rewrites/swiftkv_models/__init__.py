@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from swiftkv_models.attention import PACKED_CAUSAL, register
 from swiftkv_models.llama import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, LlamaSwiftKVModel
 from swiftkv_models.rewrite import FAMILIES, RewriteError, rewrite
+from swiftkv_models.rope import use_exact_positions
+from swiftkv_models.segment_cache import SinkWindowCache
+from swiftkv_models.shared_prefix import SharedPrefix
 
 register()
 AutoConfig.register("llama_swiftkv", LlamaSwiftKVConfig, exist_ok=True)
@@ -21,5 +24,8 @@ __all__ = [
     "LlamaSwiftKVForCausalLM",
     "LlamaSwiftKVModel",
     "RewriteError",
+    "SharedPrefix",
+    "SinkWindowCache",
     "rewrite",
+    "use_exact_positions",
 ]

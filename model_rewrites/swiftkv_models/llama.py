@@ -17,6 +17,7 @@ G K/V heads, C head size.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +36,16 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     eager_attention_forward,
-    rotate_half,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from swiftkv_models.rope import exact_position_embeddings, rotate
+from swiftkv_models.segment_cache import SinkWindowCache
+from swiftkv_models.segment_layer import KeyValues, plain_implementation
+from swiftkv_models.shared_prefix import SharedPrefix
+from swiftkv_models.tail_projection import TailProjection
 
 
 @strict
@@ -98,7 +104,8 @@ class SharedKeyValues:
     """
 
     def __init__(self) -> None:
-        self.by_leader: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.by_leader: dict[int, tuple[Any, Any]] = {}  # K, V; with a SinkWindowCache twice its KeyValues
+        self.complete = False  # whether all are there before the first layer runs
 
 
 class LlamaSwiftKVAttention(LlamaAttention):
@@ -128,12 +135,14 @@ class LlamaSwiftKVAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if swiftkv_states is None or shared_key_values is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        if self.leader_idx == self.layer_idx:
+        if self.leader_idx == self.layer_idx and not shared_key_values.complete:
             keys, values = self.project_key_values(swiftkv_states, position_embeddings)
             if past_key_values is not None:
                 keys, values = past_key_values.update(keys, values, self.cache_idx)
             shared_key_values.by_leader[self.layer_idx] = keys, values
-        keys, values = (tensor.to(hidden_states.device) for tensor in shared_key_values.by_leader[self.leader_idx])
+        keys, values = shared_key_values.by_leader[self.leader_idx]
+        if isinstance(keys, torch.Tensor):
+            keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)
 
         kept = hidden_states.shape[1]
         cos, sin = (table[:, -kept:].to(hidden_states.device) for table in position_embeddings)
@@ -160,12 +169,6 @@ class LlamaSwiftKVAttention(LlamaAttention):
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on queries or keys [B, heads, T, C] with cos, sin [B or 1, T, C]."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return states * cos + rotate_half(states) * sin
 
 
 @dataclass
@@ -203,6 +206,7 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         for layer_idx in range(config.num_key_value_layers, config.num_hidden_layers):
             self.layers[layer_idx].self_attn = LlamaSwiftKVAttention(config, layer_idx)
         self.norm_swiftkv = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._tail_projection: TailProjection | None = None
         self.post_init()
 
     def run_trunk(
@@ -233,12 +237,14 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         mask: Any = create_causal_mask(**mask_arguments)
         tail_mask = mask
         if first_kept > 0:
-            if mask is None and length - first_kept > 1 and self.config._attn_implementation == "sdpa":
+            if mask is None and length - first_kept > 1 and plain_implementation(self.config) == "sdpa":
                 # sdpa's causal flag aligns queries with the first keys; the kept ones belong to the last.
                 tail_mask = create_causal_mask(**mask_arguments, allow_is_causal_skip=False)
             if isinstance(tail_mask, torch.Tensor) and tail_mask.ndim == 4:
                 tail_mask = tail_mask[:, :, first_kept:]
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        streams = isinstance(past_key_values, SinkWindowCache)
+        rotary_emb = partial(exact_position_embeddings, self.rotary_emb) if streams else self.rotary_emb
+        position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_key_value_layers]:
             hidden_states = layer(
                 hidden_states,
@@ -261,19 +267,47 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
                 raise ValueError("the base's tail needs base_projections, all positions and no cache")
             arguments |= {"attention_mask": trunk.attention_mask, "position_ids": trunk.position_ids}
         else:
+            states, shared = self.norm_swiftkv(hidden_states), SharedKeyValues()
+            hidden_states = hidden_states[:, trunk.first_kept :]
+            if isinstance(trunk.past_key_values, SinkWindowCache):
+                queries = hidden_states.shape[1]
+                self._fill_slots(trunk.past_key_values, states, trunk.position_embeddings, shared, queries)
             arguments |= {
                 "attention_mask": trunk.tail_attention_mask,
                 "position_ids": trunk.position_ids[:, trunk.first_kept :],
                 "past_key_values": trunk.past_key_values,
-                "swiftkv_states": self.norm_swiftkv(hidden_states),
-                "shared_key_values": SharedKeyValues(),
+                "swiftkv_states": states,
+                "shared_key_values": shared,
             }
-            hidden_states = hidden_states[:, trunk.first_kept :]
         last_layer_input = hidden_states
         for layer in self.layers[self.config.num_key_value_layers :]:
             last_layer_input = hidden_states
             hidden_states = layer(hidden_states, **arguments)
         return TailOutput(self.norm(hidden_states), last_layer_input)
+
+    def _fill_slots(
+        self,
+        cache: SinkWindowCache,
+        states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        shared: SharedKeyValues,
+        queries: int,
+    ) -> None:
+        """K and V of the whole tail in one product into the cache's slots, where a single query then finds them."""
+        attentions: list[Any] = [layer.self_attn for layer in self.layers[self.config.num_key_value_layers :]]
+        leaders = [attention for attention in attentions if attention.leader_idx == attention.layer_idx]
+        if self._tail_projection is None or not self._tail_projection.current:
+            self._tail_projection = TailProjection.stack(leaders)
+        if self._tail_projection is None or torch.is_grad_enabled():
+            return
+        cache.allocate_tail(leaders[0].cache_idx, states, leaders[0].head_dim, len(self._tail_projection.weight))
+        if queries > 1 or cache.tail_slots is None:
+            return
+        self._tail_projection.write(cache, states, position_embeddings)
+        for leader in leaders:
+            key_values = KeyValues(cache.segments[leader.cache_idx])
+            shared.by_leader[leader.layer_idx] = key_values, key_values
+        shared.complete = True
 
     @merge_with_config_defaults
     @capture_outputs
@@ -294,7 +328,7 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
         length = inputs.shape[1]
         first_kept = first_kept_position(logits_to_keep, length)
-        if self.config._attn_implementation == "flex_attention":
+        if plain_implementation(self.config) == "flex_attention":
             first_kept = 0  # a BlockMask has no rows to select
         trunk = self.run_trunk(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, first_kept=first_kept, **kwargs
@@ -352,6 +386,14 @@ class LlamaSwiftKVForCausalLM(LlamaSwiftKVPreTrainedModel, LlamaForCausalLM):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def sink_window_cache(self, *, window: int, attention_sinks: int = 4, **options: Any) -> SinkWindowCache:
+        """A cache for `generate(past_key_values=...)` that keeps the first tokens and the last `window` ones."""
+        return SinkWindowCache(self.config, window=window, attention_sinks=attention_sinks, **options)
+
+    def shared_prefix(self, tokenizer: Any, text: str) -> SharedPrefix:
+        """A prompt that others begin with, prefilled once, for `sink_window_cache(prefixes=..., input_ids=...)`."""
+        return SharedPrefix.from_text(self, tokenizer, text)
 
 
 def first_kept_position(logits_to_keep: int | torch.Tensor, length: int) -> int:

@@ -27,3 +27,11 @@ def finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
     console.print(f"[bold]{result['benchmark']}[/bold]")
     for line in result["summary"]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """The numbers of a command line's list. Raises UserError unless they look like `example`."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r} must look like {example}") from None

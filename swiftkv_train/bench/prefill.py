@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from swiftkv_train.bench import whole_numbers
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import time_to_first_token
@@ -14,16 +15,13 @@ from swiftkv_train.loading import load_model
 
 def measure(checkpoint: str, base: str, lengths: str, repeats: int) -> dict[str, Any]:
     """Both through `generate` with one new token, taking turns, in the checkpoint's dtype, on random tokens."""
-    try:
-        wanted = [int(length) for length in lengths.split(",")]
-    except ValueError:
-        raise UserError(f"--lengths {lengths!r} must look like 512,2048") from None
+    wanted = whole_numbers("--lengths", lengths, "512,2048")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_model(checkpoint, families=("llama_swiftkv",)).to(device)
     dtype = str(student.dtype).removeprefix("torch.")
     teacher = load_model(base, families=("llama",), dtype=dtype).to(device)
     longest = student.config.max_position_embeddings - 1
-    if not wanted or min(wanted) < 1 or max(wanted) > longest:
+    if min(wanted) < 1 or max(wanted) > longest:
         raise UserError(f"--lengths {lengths!r}: every length must be from 1 to {longest}")
     prompt = torch.randint(0, student.config.vocab_size, (max(wanted),), generator=torch.Generator().manual_seed(0))
     rows = time_to_first_token(student, teacher, prompt, wanted, repeats)

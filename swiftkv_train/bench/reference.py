@@ -10,12 +10,15 @@ Inputs are not made to require gradients, so nothing is backpropagated through t
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
-from transformers import LlamaForCausalLM
 
-from swiftkv_models import LlamaSwiftKVForCausalLM
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from swiftkv_models import LlamaSwiftKVForCausalLM
 
 TILE_BYTES = 2**30
 
@@ -38,29 +41,39 @@ class ReferenceStep:
         with torch.no_grad():
             teacher_states = self.teacher.model(**inputs).hidden_states
         student_states = self.student.model(**inputs).hidden_states
-        logits_gradient = self._tiled_logits_gradient(student_states[-1], teacher_states[-1], loss_mask)
+        logits_gradient = tiled_logits_gradient(
+            student_states[-1], teacher_states[-1], self.student.lm_head.weight, loss_mask, self.temperature
+        )
         hidden_loss = functional.mse_loss(student_states[-2], teacher_states[-2])
         torch.autograd.backward([student_states[-1], hidden_loss], [logits_gradient, None])
 
-    def _tiled_logits_gradient(
-        self, student: torch.Tensor, teacher: torch.Tensor, loss_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Gradient of the mean loss with respect to the student's final states, one tile of positions at a time."""
-        positions = student.shape[0] * student.shape[1]
-        tiles = math.ceil(positions * self.student.config.vocab_size * 4 / TILE_BYTES)
-        gradients = []
-        for student_tile, teacher_tile, mask in zip(
-            student.detach().flatten(0, 1).chunk(tiles),
-            teacher.flatten(0, 1).chunk(tiles),
-            loss_mask.flatten().chunk(tiles),
-            strict=True,
-        ):
-            leaf = student_tile.requires_grad_()
-            student_logits = self.student.lm_head(leaf)
-            teacher_logits = self.student.lm_head(teacher_tile)
-            targets = functional.softmax(teacher_logits / self.temperature, dim=-1)
-            log_student = functional.log_softmax(student_logits / self.temperature, dim=-1)
-            kl = torch.sum(targets * (targets.log() - log_student), dim=-1) * mask
-            (kl.sum() * self.temperature**2 / positions).backward()
-            gradients.append(leaf.grad)
-        return torch.cat([gradient for gradient in gradients if gradient is not None]).view_as(student)
+
+def tiled_logits_gradient(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    head_weight: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Gradient of the mean loss with respect to the student's final states [B, T, d], one tile of positions at a time.
+
+    teacher [B, T, d], frozen head_weight [V, d], loss_mask [B, T].
+    """
+    positions = loss_mask.numel()
+    tiles = math.ceil(positions * len(head_weight) * 4 / TILE_BYTES)
+    gradients = []
+    for student_tile, teacher_tile, mask in zip(
+        student.detach().flatten(0, 1).chunk(tiles),
+        teacher.flatten(0, 1).chunk(tiles),
+        loss_mask.flatten().chunk(tiles),
+        strict=True,
+    ):
+        leaf = student_tile.requires_grad_()
+        student_logits = functional.linear(leaf, head_weight)
+        teacher_logits = functional.linear(teacher_tile, head_weight)
+        targets = functional.softmax(teacher_logits / temperature, dim=-1)
+        log_student = functional.log_softmax(student_logits / temperature, dim=-1)
+        kl = torch.sum(targets * (targets.log() - log_student), dim=-1) * mask
+        (kl.sum() * temperature**2 / positions).backward()
+        gradients.append(leaf.grad)
+    return torch.cat([gradient for gradient in gradients if gradient is not None]).view_as(student)

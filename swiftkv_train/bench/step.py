@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
 
-from swiftkv_train.bench.memory import peak_memory
+from swiftkv_train.bench.memory import peak_in_own_process, peak_memory
+from swiftkv_train.bench.process import answer
 from swiftkv_train.bench.reference import ReferenceStep
 from swiftkv_train.distill import DistillationModule
 from swiftkv_train.errors import RunError
@@ -40,7 +38,10 @@ def measure(model: str, batch_size: int, sequence_length: int, repeats: int) -> 
     rates = {name: tokens / statistics.median(seconds) for name, seconds in times.items()}
     facts = environment(steps.model)
     del steps
-    peaks = {name: _peak_in_own_process(model, batch_size, sequence_length, name) for name in times}
+    peaks = {
+        name: peak_in_own_process("swiftkv_train.bench.step", [model, batch_size, sequence_length, name], name)
+        for name in times
+    }
     ratio = rates["swiftkv_train"] / rates["reference"]
     memory = peaks["swiftkv_train"] / peaks["reference"]
     return {
@@ -109,17 +110,7 @@ class _Steps:
         return time.perf_counter() - started
 
 
-def _peak_in_own_process(model: str, batch_size: int, sequence_length: int, name: str) -> int:
-    command = [sys.executable, "-m", "swiftkv_train.bench.step", model, str(batch_size), str(sequence_length), name]
-    # Every tensor a mapping of its own, given back when it dies: resident memory is then what is alive.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **allocator})
-    if result.returncode != 0:
-        raise RunError(f"measuring the peak of {name} failed: {result.stderr.strip().splitlines()[-1:]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def _print_peak() -> None:
+def _peak() -> int:
     path, batch_size, sequence_length, name = sys.argv[1:]
     steps = _Steps(path, int(batch_size), int(sequence_length))
     # AdamW's moments are made by the first step, and weights are read from their file when first used: the same for
@@ -133,8 +124,8 @@ def _print_peak() -> None:
     steps.optimizer.zero_grad(set_to_none=True)
     with peak_memory(steps.input_ids.device) as peak:
         steps.run(name)
-    print(json.dumps(peak.bytes))
+    return peak.bytes
 
 
 if __name__ == "__main__":
-    _print_peak()
+    answer(_peak)

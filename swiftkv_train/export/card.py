@@ -39,7 +39,17 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dty
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads the model's config too
 ```
 
-`generate` skips the tail for prompt tokens by itself. The files beside the weights are all the code it needs.
+`generate` skips the tail for prompt tokens by itself. The files beside the weights are all the code it needs, also for
+these caches:
+
+```python
+inputs = tokenizer(SYSTEM_PROMPT + "...", add_special_tokens=False, return_tensors="pt")
+# Text without end in a fixed memory: the first 4 tokens and the last 1,020 (attention sinks). The rest is forgotten.
+model.generate(**inputs, past_key_values=model.sink_window_cache(window=1020, attention_sinks=4))
+# A prompt that many requests begin with, prefilled once and kept once (relay attention); the two go together.
+prefix = model.shared_prefix(tokenizer, SYSTEM_PROMPT)
+model.generate(**inputs, past_key_values=model.sink_window_cache(window=1020, prefixes=prefix, **inputs))
+```
 
 ## Measured on held-out text
 

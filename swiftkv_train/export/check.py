@@ -12,18 +12,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from swiftkv_models import LlamaSwiftKVForCausalLM
+from swiftkv_models import LlamaSwiftKVForCausalLM, SinkWindowCache
 from swiftkv_train.errors import RunError
 from swiftkv_train.loading import one_line
 
-# Runs where this project must not be importable: the checkpoint has to bring everything itself.
+PREFIX_TOKENS, WINDOW, SINKS = 8, 9, 2  # small, so that the probe's few tokens leave the window
+# Runs where neither this project nor Triton must be importable: the checkpoint has to bring everything itself.
 PROBE = """
 import json, sys
-sys.modules.update(dict.fromkeys(("swiftkv_models", "swiftkv_kernels", "swiftkv_train")))
+sys.modules.update(dict.fromkeys(("swiftkv_models", "swiftkv_kernels", "swiftkv_train", "triton")))
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-directory, output, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+directory, output = sys.argv[1:3]
+threads, prefix_tokens, window, sinks = map(int, sys.argv[3:])
 torch.set_num_threads(threads)
 model, info = AutoModelForCausalLM.from_pretrained(
     directory, trust_remote_code=True, dtype="auto", output_loading_info=True
@@ -36,9 +38,19 @@ with torch.no_grad():
     full = model(ids, use_cache=False).logits
     prefill = model(ids, use_cache=True, logits_to_keep=1)
     generated = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    stream = model(ids, past_key_values=model.sink_window_cache(window=window, attention_sinks=sinks)).logits
+    class Words:  # stands for a tokenizer: the probe has token ids, no text
+        def __call__(self, ids, **_):
+            return {"input_ids": ids}
+    prefix = model.shared_prefix(Words(), ids[0, :prefix_tokens])
+    relay_cache = model.sink_window_cache(window=ids.shape[1], prefixes=prefix, input_ids=ids)
+    relay = model(ids[:, prefix_tokens:], past_key_values=relay_cache).logits
+    both = model.sink_window_cache(window=window, prefixes=prefix, input_ids=ids)
+    model.generate(ids, past_key_values=both, max_new_tokens=4, min_new_tokens=4, do_sample=False)
 stored = sum(t.numel() for layer in prefill.past_key_values.layers if layer.keys is not None
              for t in (layer.keys, layer.values))
 save_file({"full": full.float().contiguous(), "prefill": prefill.logits.float().contiguous(),
+           "stream": stream.float().contiguous(), "relay": relay.float().contiguous(),
            "generated": generated, "stored": torch.tensor(stored)}, output)
 """
 
@@ -47,17 +59,21 @@ save_file({"full": full.float().contiguous(), "prefill": prefill.logits.float().
 def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> float:
     """Largest difference between the logits of `directory`, loaded alone, and of `model`; relative to their spread.
 
+    In plain attention, in a skipping prefill, with a shared prefix, and in a stream past its window.
+
     Raises:
         RunError: it does not load, its logits differ, or its prefill or cache are not SwiftKV's.
     """
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (2, min(24, vocabulary)), generator=torch.Generator().manual_seed(0))
+    ids[1, :PREFIX_TOKENS] = ids[0, :PREFIX_TOKENS]
+    numbers = torch.get_num_threads(), PREFIX_TOKENS, WINDOW, SINKS
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "logits.safetensors"
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         result = subprocess.run(
-            [sys.executable, "-c", PROBE, str(directory.resolve()), str(output), str(torch.get_num_threads())],
+            [sys.executable, "-c", PROBE, str(directory.resolve()), str(output), *map(str, numbers)],
             input=json.dumps(ids.tolist()),
             capture_output=True,
             text=True,
@@ -72,15 +88,26 @@ def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> f
     device = model.device
     expected = model(ids.to(device), use_cache=False).logits.float().cpu()
     spread = float(expected.std())
-    difference = float((found["full"] - expected).abs().max()) / spread
-    prefill = float((found["prefill"][:, -1] - expected[:, -1]).abs().max()) / spread
+    streamed = model(
+        ids.to(device), past_key_values=SinkWindowCache(model.config, window=WINDOW, attention_sinks=SINKS)
+    ).logits
+    differences = {
+        name: float((found[name] - wanted.float().cpu()).abs().max()) / spread
+        for name, wanted in (
+            ("full", expected),
+            ("prefill", expected[:, -1:]),
+            ("relay", expected[:, PREFIX_TOKENS:]),  # attention over a shared prefix is attention over the whole prompt
+            ("stream", streamed),
+        )
+    }
     # Both sides compute in the checkpoint's dtype; only the order of sums may differ (another attention path).
     tolerance = {torch.float32: 1e-4, torch.float16: 2e-2}.get(model.dtype, 1e-1)
-    if not max(difference, prefill) <= tolerance:
-        raise RunError(f"the exported checkpoint's logits differ by {max(difference, prefill):.2g} of their spread")
+    worst = max(differences, key=lambda name: differences[name])
+    if not differences[worst] <= tolerance:
+        raise RunError(f"the exported checkpoint's logits ({worst}) differ by {differences[worst]:.2g} of their spread")
     config = model.config
     leader = model.model.layers[config.num_key_value_layers].self_attn
     per_layer = ids.numel() * (leader.k_proj_swiftkv.out_features + leader.v_proj_swiftkv.out_features)
     if int(found["stored"]) != per_layer * config.num_cached_layers:
         raise RunError("the exported checkpoint's cache does not hold one K/V per group")
-    return max(difference, prefill)
+    return differences[worst]

@@ -6,24 +6,22 @@ import sys
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from swiftkv_models import rewrite
+from swiftkv_train.bench.plan import SETTINGS as STEPS
+from swiftkv_train.bench.plan import recipe_for, step_memory
 from swiftkv_train.cli import main
 from swiftkv_train.distill import Distillation
 from swiftkv_train.evaluate.speed import cache_bytes_per_token as cache_bytes_found
 from swiftkv_train.loading import dtype_of
-from swiftkv_train.plan import model_on_meta, plan
+from swiftkv_train.plan import plan
 from swiftkv_train.plan.advice import RESERVED
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
-from swiftkv_train.plan.memory import TailMemory, training_memory
+from swiftkv_train.plan.memory import TailMemory
 from swiftkv_train.student import add_adapters, trainable_parameters, use_training_attention
 from tiny import random_ids, tiny_llama
 
-# Prose has a loss on every token, as a plan assumes; of a chat only a part has one. Sequences are long enough for what
-# a plan leaves out (indices, norms of gradients) to be small.
 SETTINGS = {
     "rewrite__init": "copy",
     "data__train": [{"name": "prose", "path": "data/debug/prose.train.jsonl"}],
@@ -35,121 +33,40 @@ SETTINGS = {
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measured on the CPU, training takes the GPU")
 
 
-def check_peak(recipe):
-    """Train two steps; the second must take, beside weights and moments, what the plan says to 15%, its promise."""
-    distillation = Distillation(recipe, quiet=True)
-    distillation.prepare()
-    distillation.train_step()  # makes the moments
-    moments = distillation.strategy.optimizer_tensors()
-    held = [*distillation.strategy.model.parameters(), *(moments[name] for name in moments if "exp_avg" in name)]
-    device = distillation.accelerator.device.type
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        distillation.train_step()
-        found = torch.cuda.max_memory_allocated() - before
-    else:
-        found = allocated_at_most(distillation.train_step)
-    memory = training_memory(model_on_meta(recipe), recipe, device=device)
-    predicted = memory.step - sum(tensor.numel() * tensor.element_size() for tensor in held)
-    print(f"predicted {predicted / 2**20:.1f} MiB, found {found / 2**20:.1f} MiB: x {predicted / found:.3f}")
-    assert predicted == pytest.approx(found, rel=0.15)
-
-
-def allocated_at_most(work):
-    """Most bytes of the CPU's allocator that `work` holds at a time, as torch's profiler saw them come and go."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events):
-        now += change
-        most = max(most, now)
-    return most
-
-
 def by_name(changes):
     return ",".join(f"{key.rpartition('__')[2]}={value}" for key, value in changes.items())
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("plan")
+
+
+def check_step(recipe):
+    """A step must take, beside weights and moments, what the plan says to 15%, its promise."""
+    memory = step_memory(recipe)
+    predicted, found = memory.predicted, memory.measured
+    print(f"predicted {predicted / 2**20:.1f} MiB, found {found / 2**20:.1f} MiB: x {predicted / found:.3f}")
+    assert predicted == pytest.approx(found, rel=0.15)
+
+
 @on_cpu
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"training__micro_batch_size": 2},
-        {"model__dtype": "bfloat16", "rewrite__key_value_group_size": 2, "loss__hidden_mse": 0.1},
-        {"model__dtype": "bfloat16", "model__attention": "eager"},
-        {"model__dtype": "bfloat16", "training__gradient_checkpointing": True},
-        {"model__dtype": "bfloat16", "training__trainable": "lora"},
-        {"rewrite__num_key_value_layers": 5},
-    ],
-    ids=by_name,
-)
-def test_the_peak_of_the_debug_model_is_the_measured_one(make_recipe, changes):
-    check_peak(make_recipe(**{**SETTINGS, **changes}))
-
-
-@pytest.fixture
-def random_base(make_recipe, tmp_path):
-    """Makes a base of given shapes: what its weights say does not matter here."""
-
-    def make(**shapes):
-        make_recipe()  # links the debug model, whose tokenizer serves
-        base = tmp_path / "base"
-        shutil.copytree("models/debug", base, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
-        config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=8192, **shapes)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
-        return str(base)
-
-    return make
+@pytest.mark.parametrize("settings", STEPS["debug"], ids=str)
+def test_the_peak_of_the_debug_model_is_the_measured_one(scratch, settings):
+    check_step(recipe_for("debug", settings, scratch))
 
 
 @on_cpu
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 512), (4, 512), (1, 1024)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_the_peak_of_a_model_of_135m_is_the_measured_one(random_base, make_recipe, shape):
-    base = random_base(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
-    rows, length = shape
-    changes = {
-        "model__base": base,
-        "model__dtype": "bfloat16",
-        "rewrite__num_key_value_layers": 15,
-        "data__sequence_length": length,
-        "training__batch_size": rows,
-        "training__micro_batch_size": rows,
-    }
-    check_peak(make_recipe(**{**SETTINGS, **changes}))
+@pytest.mark.parametrize("settings", STEPS["135m"], ids=str)
+def test_the_peak_of_a_model_of_135m_is_the_measured_one(scratch, settings):
+    check_step(recipe_for("135m", settings, scratch))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_on_a_gpu_is_the_measured_one(random_base, make_recipe, checkpointing):
-    base = random_base(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    changes = {
-        "model__base": base,
-        "model__dtype": "bfloat16",
-        "rewrite__num_key_value_layers": 8,
-        "data__sequence_length": 2048,
-        "training__batch_size": 4,
-        "training__micro_batch_size": 4,
-        "training__gradient_checkpointing": checkpointing,
-    }
-    check_peak(make_recipe(**{**SETTINGS, **changes}))
+@pytest.mark.parametrize("settings", STEPS["1b"], ids=str)
+def test_the_peak_on_a_gpu_is_the_measured_one(scratch, settings):
+    check_step(recipe_for("1b", settings, scratch))
 
 
 @pytest.mark.parametrize("family", ["smollm2", "llama2", "bias", "wide-heads"])

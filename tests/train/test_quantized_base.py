@@ -15,7 +15,6 @@ from swiftkv_train.loading import load_model
 from swiftkv_train.plan import model_on_meta
 from swiftkv_train.plan.memory import training_memory
 from swiftkv_train.quantized_base import BYTES, quantizable_layers, quantize_base
-from swiftkv_train.recipe import LossSection
 from tiny import random_ids, randomise_tail, tiny_llama
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

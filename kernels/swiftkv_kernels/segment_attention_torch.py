@@ -1,0 +1,285 @@
+"""segment_attention in plain torch: the CPU path, and any other device's where triton is missing.
+
+All of it is attention of queries at positions over keys at positions (a prefix key's is its index), in parts:
+
+    own, few queries     all rows of the batch and all their slots at once; what is hidden is masked
+    own, many queries    row by row, pinned and window slots apart, keys sorted by position: a block of queries at a time,
+                         against the run of keys that any of them may see
+    a group's prefix     the queries of all rows of the group side by side, as if of one row: its K/V are read once
+
+The R query heads of a K/V head are rows of one product throughout: rows [B, G, R, T, C]; other shapes as in
+segment_attention. Partial outputs are in the query's dtype where torch's flash operator makes them, else fp32 (or fp64).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swiftkv_kernels.causal_attention import _half_precision_products
+from swiftkv_kernels.kv_quantize import _float16
+
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"  # private, but the only one on CPU that gives a log-sum-exp
+BLOCK = 128  # queries
+WORK = 1 << 21  # numbers in a temporary: scores, unpacked keys
+
+# Added to hidden scores. Not -inf: what the operator then gives a row that sees nothing depends on its version. With
+# this, its log-sum-exp tells.
+_HIDDEN = -1e38
+
+
+class _Keys(NamedTuple):
+    """K and V [B, G, N, C] at positions [B, N]; with scales [B, G, N] if quantised."""
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    def rows(self, part: slice) -> _Keys:
+        return _Keys(*(None if tensor is None else tensor[part] for tensor in self))
+
+    def slots(self, part: slice) -> _Keys:
+        scales = (None if scale is None else scale[:, :, part] for scale in self[3:])
+        return _Keys(self.key[:, :, part], self.value[:, :, part], self.positions[:, part], *scales)
+
+    def sorted(self) -> _Keys:
+        """One row's, by position: empty slots first."""
+        positions, order = self.positions[0].sort()
+        scales = (None if scale is None else scale.index_select(2, order) for scale in self[3:])
+        return _Keys(self.key.index_select(2, order), self.value.index_select(2, order), positions[None], *scales)
+
+
+def segment_attention_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_positions: Tensor,
+    query_positions: Tensor,
+    *,
+    window: int,
+    pinned: int,
+    pinned_query: Tensor | None,
+    prefix: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """See segment_attention."""
+    batch, heads, length, size = query.shape
+    groups, slots = key.shape[1:3]
+    shape = (batch, groups, heads // groups, length, size)
+    rows = query.reshape(shape)
+    pinned_rows = rows if pinned_query is None else pinned_query.reshape(shape)
+    own = _Keys(key, value, key_positions, key_scale, value_scale)
+    if length == 1 or batch * heads * length * slots <= WORK:
+        hidden = _hidden(query_positions, key_positions, window, pinned)
+        change = None if pinned_query is None or pinned == 0 else _change(rows, pinned_rows, own, pinned, scaling)
+        partials = [_at_once(rows, own, hidden, change, scaling)]
+    else:
+        partials = [_row_by_row(rows, own.slots(slice(pinned, None)), query_positions, window, scaling)]
+        if pinned:
+            partials.append(_row_by_row(pinned_rows, own.slots(slice(pinned)), query_positions, None, scaling))
+    if prefix is not None:
+        partials.append(_prefix(pinned_rows, query_positions, prefix, scaling))
+    output = partials[0][0] if len(partials) == 1 else merge_partials(*zip(*partials, strict=True))[0]
+    return output.reshape(query.shape).to(query.dtype)
+
+
+def merge_partials(outputs: Sequence[Tensor], log_sum_exps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys from that over each: outputs [.., C], natural log-sum-exps [..].
+
+    A set that shows a query nothing has -inf there; if all have, the output is 0 and its log-sum-exp -inf.
+    """
+    log_sum_exp = torch.stack(tuple(log_sum_exps))
+    weights = torch.softmax(log_sum_exp, dim=0).nan_to_num_(0.0)
+    return (torch.stack(tuple(outputs)) * weights.unsqueeze(-1)).sum(0), torch.logsumexp(log_sum_exp, dim=0)
+
+
+def _hidden(query_positions: Tensor, key_positions: Tensor, window: int | None, pinned: int = 0) -> Tensor:
+    """Of [B, T] and [B, N], bool [B, 1, 1, T, N]. Without window, and of the first `pinned` slots, none is too old."""
+    (batch, length), slots = query_positions.shape, key_positions.shape[1]
+    asked, held = query_positions.view(batch, 1, 1, length, 1), key_positions.view(batch, 1, 1, 1, slots)
+    hidden = held > asked
+    if window is None:
+        return hidden.logical_or_(held < 0)
+    if pinned:
+        hidden[..., :pinned].logical_or_(held[..., :pinned] < 0)
+    hidden[..., pinned:].logical_or_(held[..., pinned:] <= (asked - window).clamp_min_(-1))
+    return hidden
+
+
+def _change(rows: Tensor, pinned_rows: Tensor, keys: _Keys, pinned: int, scaling: float) -> Tensor:
+    """What it changes in the scores of the first keys that `pinned_rows` meet them: [B, G, R, T, pinned]."""
+    dtype = _accumulate(rows)
+    met = _unpacked(keys.key[:, :, :pinned], dtype)
+    if keys.key_scale is not None:
+        met = met * keys.key_scale[:, :, :pinned, None]
+    change = (pinned_rows.to(dtype) - rows.to(dtype)).flatten(2, 3) @ met.transpose(2, 3)
+    return change.mul_(scaling).view(*rows.shape[:-1], pinned)
+
+
+def _at_once(rows: Tensor, keys: _Keys, hidden: Tensor, change: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """All rows of the batch; where K/V have to be unpacked, a few at a time."""
+    size = len(rows) if keys.key_scale is None else max(1, WORK // max(1, keys.key[0].numel()))
+    if size >= len(rows):
+        return _attend(rows, keys, hidden, change, scaling)
+    partials = []
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        part_change = None if change is None else change[part]
+        partials.append(_attend(rows[part], keys.rows(part), hidden[part], part_change, scaling))
+    return _joined(partials, dim=0)
+
+
+def _row_by_row(
+    rows: Tensor, keys: _Keys, query_positions: Tensor, window: int | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    each = [slice(index, index + 1) for index in range(len(rows))]
+    partials = [_in_blocks(rows[row], keys.rows(row).sorted(), query_positions[row], window, scaling) for row in each]
+    return _joined(partials, dim=0)
+
+
+def _in_blocks(
+    rows: Tensor, keys: _Keys, query_positions: Tensor, window: int | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """One row's queries over keys that are sorted by position."""
+    _, groups, ratio, length, _ = rows.shape
+    size = max(16, min(BLOCK, WORK // max(1, groups * ratio * keys.key.shape[2])))
+    partials = []
+    for start in range(0, length, size):
+        part = slice(start, start + size)
+        asked = query_positions[:, part]
+        first, last = (int(position) for position in asked.aminmax())
+        # A key is seen by some query from the first bound on, by all from the second, to the third, and to the fourth.
+        too_old = [-1, -1] if window is None else [max(first - window, -1), max(last - window, -1)]
+        bounds = torch.tensor([*too_old, first, last], dtype=asked.dtype, device=asked.device)
+        some, every, every_end, some_end = torch.searchsorted(keys.positions[0], bounds, right=True).tolist()
+        seen = keys.slots(slice(some, max(some, some_end)))
+        hidden = None if (some, some_end) == (every, every_end) else _hidden(asked, seen.positions, window)
+        partials.append(_attend(rows[..., part, :], seen, hidden, None, scaling))
+    return _joined(partials, dim=3)
+
+
+def _prefix(
+    rows: Tensor,
+    query_positions: Tensor,
+    prefix: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Of every row, the part that is its group's prefix."""
+    key, value, lengths, groups, key_scale, value_scale = prefix
+    position = torch.arange(key.shape[2], dtype=torch.int32, device=rows.device).expand(len(key), -1)
+    stored = _Keys(key, value, position, key_scale, value_scale)
+    dtype = _accumulate(rows)
+    output = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+    log_sum_exp = torch.full(rows.shape[:-1], float("-inf"), dtype=dtype, device=rows.device)
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        if 0 <= group < len(key):
+            members.setdefault(group, []).append(row)
+    stored_tokens = lengths.tolist()
+    for group, its_rows in members.items():
+        keys = stored.rows(slice(group, group + 1)).slots(slice(max(0, stored_tokens[group])))
+        queries = rows[its_rows].permute(1, 2, 0, 3, 4).flatten(2, 3)  # [G, R, rows T, C]
+        its_positions = query_positions[its_rows].view(1, -1)
+        its_output, its_log_sum_exp = _in_blocks(queries[None], keys, its_positions, None, scaling)
+        by_row = (len(its_rows), rows.shape[3])
+        output[its_rows] = its_output[0].unflatten(2, by_row).permute(2, 0, 1, 3, 4).to(dtype)
+        log_sum_exp[its_rows] = its_log_sum_exp[0].unflatten(2, by_row).permute(2, 0, 1, 3)
+    return output, log_sum_exp
+
+
+def _joined(partials: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+    if len(partials) == 1:
+        return partials[0]
+    outputs, log_sum_exps = zip(*partials, strict=True)
+    return torch.cat(outputs, dim), torch.cat(log_sum_exps, dim)
+
+
+def _attend(
+    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """One softmax over `keys`: output [B, G, R, T, C], 0 where nothing is seen, and log-sum-exp [B, G, R, T].
+
+    hidden [B, 1, 1, T, N]; change [B, G, R, T, S] is added to the scores of the first S keys.
+    """
+    if keys.key.shape[2] == 0:
+        return torch.zeros_like(rows), torch.full_like(rows[..., 0], float("-inf"), dtype=_accumulate(rows))
+    if keys.key_scale is None and rows.device.type == "cpu" and not _products_are_faster(rows):
+        with contextlib.suppress(AttributeError, RuntimeError):  # another torch may lack it, or take other arguments
+            return _flash(rows, keys, hidden, change, scaling)
+    return _products(rows, keys, hidden, change, scaling)
+
+
+def _flash(
+    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    operator = getattr(torch.ops.aten, FLASH)
+    mask = None
+    if hidden is not None:
+        batch, groups, ratio, length, _ = rows.shape
+        shape = (batch, 1 if change is None else groups, ratio, length, hidden.shape[-1])
+        mask = torch.zeros(shape, dtype=_accumulate(rows), device=rows.device).masked_fill_(hidden, _HIDDEN)
+        if change is not None:
+            mask[..., : change.shape[-1]].add_(change)
+        mask = mask.flatten(2, 3)
+    queries = rows.flatten(2, 3)
+    if queries.stride(-1) != 1:
+        queries = queries.contiguous()  # the operator reads whatever is beside, and does not complain
+    output, log_sum_exp = operator(queries, keys.key, keys.value, attn_mask=mask, scale=scaling)
+    if hidden is not None:
+        blind = log_sum_exp < _HIDDEN / 2
+        log_sum_exp = log_sum_exp.masked_fill(blind, float("-inf"))
+        output = output.masked_fill(blind.unsqueeze(-1), 0.0)
+    return output.view(rows.shape), log_sum_exp.reshape(rows.shape[:-1])
+
+
+def _products(
+    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Scales multiply scores and weights: unpacked K/V are exact in bf16, and rounded by nothing."""
+    dtype = _accumulate(rows)
+    # fp16 would lose weights that a small scale makes smaller still.
+    weight_dtype = rows.dtype if rows.dtype == torch.bfloat16 else dtype
+    queries, key = rows.to(dtype).flatten(2, 3).flatten(0, 1), _unpacked(keys.key, dtype).flatten(0, 1)
+    with _half_precision_products(rows.dtype):
+        scores = torch.bmm(queries, key.transpose(1, 2)).view(*rows.shape[:-1], -1)
+    scores.mul_(scaling if keys.key_scale is None else keys.key_scale[:, :, None, None].to(dtype) * scaling)
+    if change is not None:
+        scores[..., : change.shape[-1]].add_(change)
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    largest = scores.amax(-1, keepdim=True).clamp_min_(_HIDDEN)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1)
+    log_sum_exp = total.log() + largest.squeeze(-1)
+    if keys.value_scale is not None:
+        weights.mul_(keys.value_scale[:, :, None, None])
+    weights = weights.to(weight_dtype).flatten(2, 3).flatten(0, 1)
+    output = torch.bmm(weights, _unpacked(keys.value, weight_dtype).flatten(0, 1)).view(rows.shape)
+    return output / total.clamp_min_(torch.finfo(dtype).tiny).unsqueeze(-1), log_sum_exp
+
+
+def _unpacked(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    return (_float16(stored) if stored.dtype == torch.float8_e4m3fn else stored).to(dtype)
+
+
+def _accumulate(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _products_are_faster(rows: Tensor) -> bool:
+    """Than torch's flash operator: with many bf16 rows, on a CPU with matrix units, as causal_attention found."""
+    return rows.dtype == torch.bfloat16 and rows[0, 0, ..., 0].numel() >= BLOCK and _has_matrix_units()
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # False where it goes by another name

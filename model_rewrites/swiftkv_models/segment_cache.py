@@ -1,0 +1,308 @@
+"""A K/V cache of fixed size for streams without end and for shared prompts: pinned prefix + ring window.
+
+Of every row it keeps the first tokens, the *attention sinks* (StreamingLLM, arXiv 2309.17453), and the last `window`
+ones. A prefix that rows share (a system prompt, `SharedPrefix`) is kept once, outside of it, in the sinks' place.
+
+Positions are positions in the cache, as there: at most sinks + window - 1. A key is nevertheless rotated once, at its
+absolute position, and lies in a ring: its slot is used again `window` tokens later, and nothing is ever moved. For
+attention does not mind the order of the keys, and RoPE minds differences of positions only. So the query at absolute
+position t meets the window as it is, and sinks and prefix, from which t has drifted away, after a second rotation by
+min(t, sinks + window - 1) - t. Exact, and nothing is done per key (`swiftkv_kernels.segment_attention`).
+
+A prompt, or a chunk of one, is attended to as if its tokens had been fed one by one. Padding is not kept. Memory is
+allocated once, by the first tokens. What drops out of the window is forgotten: streaming does not extend the context.
+
+    B rows   T new tokens   G K/V heads   C head size   S sinks   W window   N = S + W slots   M prefixes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+
+from swiftkv_models.rope import inverse_frequencies, rotation
+from swiftkv_models.segment_layer import KeyValues, SegmentLayer, use_segment_attention
+from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes
+
+QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass
+class Step:
+    """What one forward of T tokens does to the cache, the same in every layer."""
+
+    positions: torch.Tensor  # [B, T] int32, absolute; -1: not kept (padding, or in the shared prefix already)
+    slots: torch.Tensor  # [B, T] int64; -1: not kept, or pushed out of the window before the step ends
+    rotation: tuple[torch.Tensor, torch.Tensor] | None  # cos, sin [B, T, C] from absolute to cache positions
+    # Of steps of several tokens only:
+    first: bool = False  # nothing was cached before
+    plain: bool = False  # causal attention among the step's own tokens is all there is to it
+    brings_sinks: bool = False
+    chunk_key_positions: Any = None  # [B, S or N, + T] int32: slots before the step (sinks after it), then its tokens
+
+
+class SinkWindowCache(Cache):
+    """A cache of `attention_sinks` + `window` tokens a row, for `generate` of SwiftKV and of base Llama models.
+
+        cache = SinkWindowCache(model.config, window=1020, attention_sinks=4)
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=...)  # and again: it goes on
+
+    It makes the model's attention know it (`config._attn_implementation`); other caches do not notice.
+
+    Args:
+        config: the model's own, `model.config`.
+        window: W, tokens kept beside the sinks.
+        attention_sinks: S, first tokens that are kept for ever; 0 shows why they are there.
+        prefixes: shared prompts. Rows of `input_ids` [B, T] that begin with one, by token ids, use it; others have
+            sinks of their own. `attention_mask` [B, T] tells left padding.
+        quantization: 'int8' or 'fp8' (e4m3): K and V in 8 bits, with a scale per token and head.
+
+    Raises:
+        ValueError: sizes out of range, frequencies that depend on the length (dynamic NTK), an unknown quantization,
+            a prefix shorter than the sinks, or one without `input_ids`.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        window: int,
+        attention_sinks: int = 4,
+        prefixes: SharedPrefix | Sequence[SharedPrefix] = (),
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        quantization: str | None = None,
+    ):
+        if window < 1 or attention_sinks < 0:
+            raise ValueError(
+                f"window must be at least 1 and attention_sinks at least 0, not {window} and {attention_sinks}"
+            )
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
+        self.window, self.attention_sinks, self.num_slots = window, attention_sinks, attention_sinks + window
+        self.quantized_dtype = None if quantization is None else QUANTIZATIONS[quantization]
+        self.inverse_frequencies = inverse_frequencies(config, type(self).__name__)
+        count = getattr(config, "num_cached_layers", config.num_hidden_layers)
+        self.segments = [SegmentLayer(self, index) for index in range(count)]
+        super().__init__(layers=list(self.segments))
+
+        self.columns = self.first_column = 0  # of input_ids that are done: what `generate` calls the length
+        self.step: Step | None = None
+        # Made by the first tokens:
+        self.lengths: Any = None  # [B] int64, tokens of every row so far, a prefix among them
+        self.pinned: Any = None  # [B] int64, how many first tokens stay: the sinks, or the prefix
+        self.positions: Any = None  # [B, N + 1] int32, of every slot; -1: empty. The last slot takes what is dropped
+        self.row_indices: Any = None  # [B] int64
+        self.tail_slots: Any = (
+            None  # of SwiftKV's tail, [L, B, G, N + 1, C] and scales: one tensor, the layers' are views
+        )
+
+        self.prefixes = [prefixes] if isinstance(prefixes, SharedPrefix) else list(prefixes)
+        self.prefix_groups: Any = None  # [B] int32, -1: none
+        self.prefix_lengths: Any = None  # [M] int32
+        self.least_pinned = attention_sinks
+        if self.prefixes:
+            self._assign_prefixes(input_ids, attention_mask)
+        use_segment_attention(config)
+
+    def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        if input_ids is None:
+            raise ValueError("prefixes go with input_ids: which rows begin with one is decided by their token ids")
+        shortest = min(len(prefix) for prefix in self.prefixes)
+        if shortest < self.attention_sinks:
+            raise ValueError(f"a prefix of {shortest} tokens cannot stand for {self.attention_sinks} attention_sinks")
+        groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
+        self.columns = self.first_column
+        if (groups >= 0).any():
+            self.prefix_groups = groups
+            self.prefix_lengths = torch.tensor([len(prefix) for prefix in self.prefixes], dtype=torch.int32)
+            if (groups >= 0).all():
+                self.least_pinned = shortest
+
+    @property
+    def shared_rows(self) -> int:
+        """How many rows read a shared prefix; 0 where relay attention is not at work."""
+        return 0 if self.prefix_groups is None else int((self.prefix_groups >= 0).sum())
+
+    @property
+    def used_slots(self) -> int:
+        """The first slots of the N, beyond which all are empty: N, once a window has gone by."""
+        used = self.attention_sinks + self.columns - self.first_column
+        return self.num_slots if used >= self.num_slots else min(self.num_slots, -(-used // 64) * 64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, shared prefixes (`SharedPrefix.nbytes`) not among them."""
+        tensors = [tensor for layer in self.segments for tensor in layer.tensors()]
+        if self.positions is not None:
+            tensors.append(self.positions)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def allocate(
+        self, leading: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Slots of K and V [*leading, N + 1, size], and their scales."""
+        shape = (*leading, self.num_slots + 1)
+        keys, values = (torch.zeros(*shape, size, dtype=self.quantized_dtype or dtype, device=device) for _ in range(2))
+        if self.quantized_dtype is None:
+            return keys, values, None, None
+        key_scale, value_scale = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
+        return keys, values, key_scale, value_scale
+
+    def allocate_tail(self, first: int, states: torch.Tensor, size: int, outputs: int) -> None:
+        """The slots of all layers from `first` on in one tensor, so that one product with `outputs` columns fills them.
+
+        states [B, T, D] tell dtype and device, `size` is C.
+        """
+        layers = self.segments[first:]
+        if self.tail_slots is not None or layers[0].is_initialized:
+            return
+        leading = (len(layers), len(states), outputs // (2 * len(layers) * size))
+        self.tail_slots = self.allocate(leading, size, states.dtype, states.device)
+        for index, layer in enumerate(layers):
+            layer.take(*(None if tensor is None else tensor[index] for tensor in self.tail_slots))
+
+    def start(self, batch: int, device: torch.device) -> None:
+        """A forward of `batch` rows begins. Raises ValueError where the cache holds another number of them."""
+        self.step = None
+        if self.lengths is None:
+            self._begin(batch, device)
+        elif len(self.lengths) != batch:
+            raise ValueError(f"the cache holds {len(self.lengths)} rows, not {batch}; make a new one")
+
+    def _begin(self, batch: int, device: torch.device) -> None:
+        self.inverse_frequencies = self.inverse_frequencies.to(device)
+        self.row_indices = torch.arange(batch, device=device)
+        self.positions = torch.empty(batch, self.num_slots + 1, dtype=torch.int32, device=device)
+        self.lengths, self.pinned = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
+        if self.prefix_groups is not None:
+            rows = len(self.prefix_groups)
+            if batch % rows:
+                raise ValueError(f"the cache was made for {rows} rows of input_ids, not {batch}")
+            groups = self.prefix_groups.repeat_interleave(batch // rows)  # beams, or several answers to a prompt
+            self.prefix_groups, self.prefix_lengths = groups.to(device), self.prefix_lengths.to(device)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.positions.fill_(-1)
+        self.lengths.zero_()
+        self.pinned.fill_(self.attention_sinks)
+        if self.prefix_groups is not None:
+            shares = self.prefix_groups >= 0
+            prefix = self.prefix_lengths[self.prefix_groups.clamp_min(0)].long()
+            self.lengths.copy_(torch.where(shares, prefix, self.lengths))
+            self.pinned.copy_(torch.where(shares, prefix, self.pinned))
+
+    def plan(
+        self,
+        position_ids: torch.Tensor | None,
+        tokens: int,
+        attention_mask: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> Step:
+        """The step of the forward that is under way: the first layer's call makes it, and moves the book-keeping on.
+
+        `dtype` is that of queries. Raises ValueError where positions do not go on from what is cached.
+        """
+        if self.step is not None:
+            return self.step
+        first = self.columns == self.first_column
+        positions = self._kept_positions(position_ids, tokens, attention_mask)
+        last = positions.amax(1)
+        slots = self._slots(positions, last)
+        self.columns += tokens
+        step = Step(positions.int(), slots, self._drift(positions, dtype))
+        if tokens > 1:
+            sinks = self.attention_sinks
+            step.first, step.brings_sinks = first, bool(((slots >= 0) & (slots < sinks)).any())
+            step.plain = (
+                first and self.prefix_groups is None and tokens <= self.num_slots and bool((positions >= 0).all())
+            )
+            before = self.positions[:, sinks : self.num_slots].clone()
+        self.positions.scatter_(1, torch.where(slots < 0, self.num_slots, slots), step.positions)
+        self.lengths.copy_(torch.where(last < 0, self.lengths, last + 1))
+        if tokens > 1:
+            # A sink of the chunk is met as a sink, in its slot, by all queries.
+            chunk = torch.where((slots >= 0) & (slots < sinks), -1, step.positions)
+            parts = [self.positions[:, :sinks], *([] if first else [before]), chunk.int()]
+            step.chunk_key_positions = torch.cat(parts, dim=1)
+        self.step = step
+        return step
+
+    def _kept_positions(
+        self, position_ids: torch.Tensor | None, tokens: int, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, T] int64, -1: padding, or in the shared prefix already. Raises ValueError unless they go on."""
+        device, rows = self.lengths.device, len(self.lengths)
+        if position_ids is None:
+            return self.lengths[:, None] + torch.arange(tokens, device=device)
+        positions = position_ids.to(device, torch.int64).expand(rows, -1)
+        if tokens == 1:  # of every decoding step: nothing is looked at, which would wait for the device
+            return positions
+        kept = positions >= self.lengths[:, None]
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
+                raise ValueError(f"attention_mask must be [B, {tokens} or more], not {tuple(attention_mask.shape)}")
+            kept = kept & attention_mask[:, -tokens:].to(device).bool()
+        goes_on = (positions == self.lengths[:, None] + kept.cumsum(1) - 1) | ~kept
+        if not bool(goes_on.all()):
+            row = int((~goes_on.all(1)).nonzero()[0])
+            raise ValueError(
+                f"row {row}: positions must go on from the {int(self.lengths[row])} tokens that the cache holds; where "
+                "there is padding, give attention_mask, and position_ids that do not count it (as `generate` does)"
+            )
+        return torch.where(kept, positions, -1)
+
+    def _slots(self, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Where tokens at these positions [B, T] go; -1: nowhere."""
+        pinned = self.pinned[:, None]
+        slots = self.attention_sinks + (positions - pinned) % self.window
+        is_pinned = positions < pinned  # of rows with a shared prefix no new token is
+        slots = torch.where(is_pinned, positions, slots)
+        outlived = ~is_pinned & (positions <= last[:, None] - self.window)
+        return torch.where((positions < 0) | outlived, -1, slots)
+
+    def _drift(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos, sin of the rotation of queries at absolute positions [B, T] to where they stand in the cache.
+
+        In fp32 at least. None where they are the same, or nothing is pinned.
+        """
+        if self.columns <= self.least_pinned + self.window or (self.attention_sinks == 0 and not self.prefixes):
+            return None
+        in_cache = torch.minimum(positions, self.pinned[:, None] + (self.window - 1))
+        cos, sin = rotation(self.inverse_frequencies, in_cache - positions)
+        dtype = torch.promote_types(dtype, torch.float32)
+        return cos.to(dtype), sin.to(dtype)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """In place of the keys and values that attention reads: what `segments_...` attention takes for them."""
+        if layer_idx == 0:
+            self.start(key_states.shape[0], key_states.device)
+        key_values = KeyValues(self.segments[layer_idx], key_states, value_states)
+        return key_values, key_values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def reset(self) -> None:
+        """Forget everything but the shared prefixes. What was allocated stays."""
+        self.columns, self.step = self.first_column, None
+        if self.lengths is not None:
+            self._forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        for tensor in (self.positions, self.lengths, self.pinned, self.prefix_groups):
+            if tensor is not None:
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError: what a token pushed out of the window does not come back."""
+        raise ValueError("a SinkWindowCache cannot take tokens back; use another cache for assisted generation")

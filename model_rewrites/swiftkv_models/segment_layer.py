@@ -1,0 +1,257 @@
+"""One layer of a `SinkWindowCache`: its slots, and attention over them in place of transformers' own.
+
+transformers hands what `Cache.update` returns to the attention function untouched. So it returns `KeyValues` here, and
+the attention implementation named `segments_...` attends by way of it; with other caches it is the implementation whose
+name follows.
+
+    B rows   T new tokens   K queries, the last of them   G K/V heads   C head size   S sinks   N = S + window slots
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from swiftkv_kernels.causal_attention import causal_attention
+from swiftkv_kernels.kv_quantize import kv_dequantize, kv_quantize
+from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
+from swiftkv_models.rope import rotate
+from swiftkv_models.shared_prefix import stack_prefixes
+
+if TYPE_CHECKING:
+    from swiftkv_models.segment_cache import SinkWindowCache, Step
+
+PREFIX = "segments_"
+# K, V [B, G, slots, C], and where they are quantised their scales [B, G, slots]
+Held: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass
+class KeyValues:
+    """What attention takes for a layer's keys and values: the layer, and K and V [B, G, T, C] of the new tokens.
+
+    None where they are in the layer's slots already. Layers that share them, as in AcrossKV, share this object.
+    """
+
+    layer: SegmentLayer
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    written: bool = False
+    beside: Held | None = None  # of a chunk: the slots as they were before, and the chunk behind them
+
+    @property
+    def tokens(self) -> int | None:
+        return None if self.keys is None else self.keys.shape[2]
+
+
+class SegmentLayer(CacheLayerMixin):
+    """Slots [B, G, N + 1, C] of K and V, with fp32 scales [B, G, N + 1] where they are quantised.
+
+    The last slot takes what is dropped. The first S hold sinks, the others the window, in no order.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: SinkWindowCache, index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.keys: Any = None
+        self.values: Any = None
+        self.key_scale: Any = None
+        self.value_scale: Any = None
+        self.prefix: PrefixSegment | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the slots, for K and V like these [B, G, T, C]."""
+        batch, heads, _, size = key_states.shape
+        self.take(*self.cache.allocate((batch, heads), size, key_states.dtype, key_states.device))
+
+    def take(self, keys: Any, values: Any, key_scale: Any, value_scale: Any) -> None:
+        """These are the slots from now on."""
+        self.keys, self.values, self.key_scale, self.value_scale = keys, values, key_scale, value_scale
+        self.device = keys.device
+        self.prefix = self._prefix()
+        self.is_initialized = True
+
+    def _prefix(self) -> PrefixSegment | None:
+        cache = self.cache
+        if cache.prefix_groups is None or cache.prefix_lengths is None:
+            return None
+        keys, values = (tensor.to(self.device) for tensor in stack_prefixes(cache.prefixes, self.index))
+        key_scale = value_scale = None
+        if cache.quantized_dtype is not None:
+            (keys, key_scale), (values, value_scale) = (
+                kv_quantize(tensor, cache.quantized_dtype) for tensor in (keys, values)
+            )
+        lengths, groups = cache.prefix_lengths.to(self.device), cache.prefix_groups.to(self.device)
+        return PrefixSegment(keys, values, lengths, groups, key_scale, value_scale)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in (self.keys, self.values, self.key_scale, self.value_scale) if tensor is not None]
+
+    def attend(self, query: torch.Tensor, new: KeyValues, step: Step, scaling: float) -> torch.Tensor:
+        """Output [B, H, K, C] of the step's last K queries; K and V of its tokens are written, if they are not yet."""
+        if new.keys is None or new.values is None:
+            return self._attend_slots(query, step, scaling)
+        if not self.is_initialized:
+            self.lazy_initialization(new.keys, new.values)
+        queries = query.shape[2]
+        plain = step.plain and queries == new.tokens
+        # The window of the last query is what the slots hold after the step; earlier ones see what it pushes out.
+        if queries > 1 and not plain and new.beside is None:
+            new.beside = self._beside(new.keys, new.values, step)
+        if not new.written:
+            self._write(new.keys, new.values, step.slots)
+            new.written = True
+        if queries == 1:
+            return self._attend_slots(query, step, scaling)
+        if new.beside is None:
+            return causal_attention(query, self._as_kept(new.keys), self._as_kept(new.values), scaling=scaling)
+        return self._attend(query, new.beside, step.chunk_key_positions, step, scaling)
+
+    def _attend_slots(self, query: torch.Tensor, step: Step, scaling: float) -> torch.Tensor:
+        used = self.cache.used_slots
+        held = (
+            self.keys[:, :, :used],
+            self.values[:, :, :used],
+            None if self.key_scale is None else self.key_scale[:, :, :used],
+            None if self.value_scale is None else self.value_scale[:, :, :used],
+        )
+        return self._attend(query, held, self.cache.positions[:, :used], step, scaling)
+
+    def _beside(self, keys: torch.Tensor, values: torch.Tensor, step: Step) -> Held:
+        """K, V and their scales of the slots as they were before a chunk, and of the chunk."""
+        sinks = self.cache.attention_sinks
+        if step.brings_sinks:
+            self._write(keys, values, torch.where(step.slots < sinks, step.slots, -1))
+        kept = sinks if step.first else self.cache.num_slots
+
+        def join(states: torch.Tensor, slots: torch.Tensor, slot_scales: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            packed, scale = self._pack(states)
+            joined = torch.cat([_bits(slots[:, :, :kept]), _bits(packed)], dim=2).view(slots.dtype)
+            return joined, None if scale is None else torch.cat([slot_scales[:, :, :kept], scale], dim=2)
+
+        joined_keys, key_scale = join(keys, self.keys, self.key_scale)
+        joined_values, value_scale = join(values, self.values, self.value_scale)
+        return joined_keys, joined_values, key_scale, value_scale
+
+    def _attend(
+        self, query: torch.Tensor, held: Held, key_positions: torch.Tensor, step: Step, scaling: float
+    ) -> torch.Tensor:
+        cache, count = self.cache, query.shape[2]
+        keys, values, key_scale, value_scale = held
+        pinned_query = None
+        if step.rotation is not None:
+            cos, sin = (table[:, -count:].to(query.device) for table in step.rotation)
+            pinned_query = rotate(query.to(cos.dtype), cos, sin).to(query.dtype)
+        return segment_attention(
+            query,
+            keys,
+            values,
+            key_positions.to(query.device),
+            step.positions[:, -count:].to(query.device),
+            window=cache.window,
+            pinned=cache.attention_sinks,
+            pinned_query=pinned_query,
+            prefix=self.prefix,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            scaling=scaling,
+        )
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        rows, slots = self.cache.row_indices[:, None].to(self.device), slots.to(self.device)
+        for states, kept, scales in ((keys, self.keys, self.key_scale), (values, self.values, self.value_scale)):
+            packed, scale = self._pack(states)
+            _bits(kept)[rows, :, slots] = _bits(packed).transpose(1, 2)
+            if scale is not None:
+                scales[rows, :, slots] = scale.transpose(1, 2)
+
+    def _pack(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        dtype = self.cache.quantized_dtype
+        return (states, None) if dtype is None else kv_quantize(states, dtype)
+
+    def _as_kept(self, states: torch.Tensor) -> torch.Tensor:
+        """As later queries will see them."""
+        packed, scale = self._pack(states)
+        return packed if scale is None else kv_dequantize(packed, scale, states.dtype)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (KeyValues(self, key_states, value_states),) * 2
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1  # a stream has no end
+
+    def get_max_cache_shape(self) -> int:  # its name before transformers 5.20 or so
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return 0, 0  # no mask is made: what is visible follows from positions
+
+    def reset(self) -> None:
+        """Nothing to do: the cache forgets the positions of its slots."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        for tensor in self.tensors():
+            _bits(tensor).copy_(_bits(tensor).index_select(0, beam_idx.to(tensor.device)))
+
+
+def use_segment_attention(config: PretrainedConfig) -> None:
+    """Let the model of this config (its own, not a copy) know `KeyValues`; with other caches it attends as before."""
+    inner = config._attn_implementation
+    if inner.startswith(PREFIX):
+        return
+    AttentionInterface.register(PREFIX + inner, partial(_attention, inner))
+    AttentionMaskInterface.register(PREFIX + inner, partial(_mask, inner))
+    config._attn_implementation = PREFIX + inner
+
+
+def plain_implementation(config: PretrainedConfig) -> str:
+    """The attention implementation that a model uses with ordinary caches."""
+    return config._attn_implementation.removeprefix(PREFIX)
+
+
+def _attention(
+    inner: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | KeyValues,
+    value: torch.Tensor | KeyValues,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' calling convention; output [B, K, H, C]."""
+    if not isinstance(key, KeyValues):
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager_attention_forward)
+        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    step = key.layer.cache.plan(kwargs.get("position_ids"), key.tokens or 1, attention_mask, query.dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = key.layer.attend(query, key, step, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(inner: str, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """For a `SinkWindowCache`, whose keys have no length, the padding mask [B, columns] as it is."""
+    if kwargs.get("kv_length") == 0:
+        return attention_mask
+    make = ALL_MASK_ATTENTION_FUNCTIONS[inner]
+    return make(*args, attention_mask=attention_mask, **kwargs)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor for operators that know no 8-bit floats."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

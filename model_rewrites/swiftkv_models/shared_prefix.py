@@ -1,0 +1,102 @@
+"""A prompt that many requests begin with, prefilled once: relay attention's shared segment (arXiv 2402.14808).
+
+Whether a request begins with it is decided by token ids. Its keys lie rotated at positions 0 .. P - 1, so it may stand
+before any row of any batch, and no row's cache holds a copy (`SinkWindowCache(prefixes=...)`).
+
+    P tokens   G K/V heads   C head size   M prefixes of one cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+
+class SharedPrefix:
+    """Token ids, and one K and V [G, P, C] for every layer that a cache holds."""
+
+    def __init__(self, token_ids: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
+        self.token_ids, self.keys, self.values = tuple(token_ids), list(keys), list(values)
+
+    @classmethod
+    @torch.no_grad()
+    def from_ids(cls, model: Any, token_ids: Sequence[int] | torch.Tensor) -> SharedPrefix:
+        """Run `model`, base or SwiftKV, over the tokens once. Raises ValueError where there are none."""
+        ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
+        if ids.shape[1] == 0:
+            raise ValueError("a shared prefix needs at least one token")
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        return cls(ids[0].tolist(), [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
+
+    @classmethod
+    def from_text(cls, model: Any, tokenizer: Any, text: str) -> SharedPrefix:
+        """Of a text as it stands, special tokens written out: what is sent to the model must begin with just these."""
+        return cls.from_ids(model, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @classmethod
+    def from_messages(cls, model: Any, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> SharedPrefix:
+        """Of the first messages of a chat, a system prompt for instance: the tokens that the chat template puts before
+        whatever a user says next.
+
+        Raises ValueError where that is nothing.
+        """
+        ways = [
+            tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}], tokenize=True)
+            for text in ("0", "What?")
+        ]
+        first, second = (way["input_ids"] if isinstance(way, Mapping) else way for way in ways)
+        common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+        if common == 0:
+            raise ValueError("the chat template begins differently with every message; no prefix is shared")
+        return cls.from_ids(model, first[:common])
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+
+def assign_prefixes(
+    prefixes: Sequence[SharedPrefix], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """Each row's prefix, and how many columns of the rows lie in padding or prefixes in every row.
+
+    Of several prefixes that a row begins with it takes the longest that leaves it a token of its own.
+
+    Returns:
+        groups [B] int32, index into `prefixes` or -1; number of leading columns of `input_ids` that need not be run.
+    """
+    rows = input_ids.tolist()
+    masks = [[True] * len(row) for row in rows] if attention_mask is None else attention_mask.bool().tolist()
+    groups, columns = [], []
+    for row, mask in zip(rows, masks, strict=True):
+        tokens = tuple(token for token, real in zip(row, mask, strict=True) if real)
+        fitting = [
+            index
+            for index, prefix in enumerate(prefixes)
+            if len(prefix) < len(tokens) and tokens[: len(prefix)] == prefix.token_ids
+        ]
+        group = max(fitting, key=lambda index: len(prefixes[index]), default=-1)
+        groups.append(group)
+        padding = len(row) - len(tokens)
+        columns.append(padding + len(prefixes[group]) if group >= 0 else padding)
+    return torch.tensor(groups, dtype=torch.int32), min(columns) if max(groups, default=-1) >= 0 else 0
+
+
+def stack_prefixes(prefixes: Sequence[SharedPrefix], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [M, G, P, C] of a layer, short prefixes filled up; of one prefix, a view."""
+    if len(prefixes) == 1:
+        return prefixes[0].keys[layer][None], prefixes[0].values[layer][None]
+    longest = max(len(prefix) for prefix in prefixes)
+    keys, values = (
+        torch.stack([torch.nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[1])) for tensor in tensors])
+        for tensors in ([prefix.keys[layer] for prefix in prefixes], [prefix.values[layer] for prefix in prefixes])
+    )
+    return keys, values

@@ -1,0 +1,72 @@
+"""All K/V projections of the tail as one matrix, and their product straight into a `SinkWindowCache`.
+
+The leaders' `k_proj_swiftkv` and `v_proj_swiftkv` share one input, so one product serves them all. Their weights become
+views of the stacked matrix: nothing is held twice, and what is loaded into them later is seen here.
+
+    L leaders   B rows   T new tokens   D hidden size   G K/V heads   C head size   N slots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swiftkv_kernels.kv_projection import kv_projection
+from swiftkv_models.segment_cache import SinkWindowCache
+
+
+class TailProjection:
+    """The stacked projections of leader attention modules. Make it by `stack`."""
+
+    def __init__(self, modules: Sequence[nn.Linear]):
+        self.modules = list(modules)
+        self.weight = self._stack("weight")
+        self.bias = self._stack("bias") if self.modules[0].bias is not None else None
+
+    @classmethod
+    def stack(cls, attentions: Sequence[Any]) -> TailProjection | None:
+        """None where they are no plain linear layers of one device and dtype (adapters, models in parts)."""
+        modules = [module for layer in attentions for module in (layer.k_proj_swiftkv, layer.v_proj_swiftkv)]
+        if not modules or any(type(module) is not nn.Linear for module in modules):
+            return None
+        kinds = {(module.weight.device, module.weight.dtype) for module in modules}
+        if len(kinds) > 1 or modules[0].weight.device.type == "meta":
+            return None
+        return cls(modules)
+
+    def _stack(self, name: str) -> torch.Tensor:
+        tensors = [getattr(module, name) for module in self.modules]
+        stacked = torch.cat([tensor.detach() for tensor in tensors])
+        for tensor, view in zip(tensors, stacked.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.data = view
+        return stacked
+
+    @property
+    def current(self) -> bool:
+        """Whether the modules' weights still are its views: `to` and some ways of loading replace them."""
+        first, last, stacked = self.modules[0].weight, self.modules[-1].weight, self.weight
+        end = stacked.data_ptr() + (stacked.numel() - last.numel()) * stacked.element_size()
+        return first.data_ptr() == stacked.data_ptr() and last.data_ptr() == end and first.dtype == stacked.dtype
+
+    def write(
+        self, cache: SinkWindowCache, states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Put K and V of states [B, T, D] into the slots of the tail's layers."""
+        assert cache.step is not None  # the trunk has made it
+        keys, values, key_scale, value_scale = cache.tail_slots
+        cos, sin = (table.to(torch.promote_types(table.dtype, torch.float32)) for table in position_embeddings)
+        kv_projection(
+            states,
+            self.weight,
+            cos,
+            sin,
+            keys,
+            values,
+            cache.step.slots.to(states.device),
+            bias=self.bias,
+            key_scale=key_scale,
+            value_scale=value_scale,
+        )
