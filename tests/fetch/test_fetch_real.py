@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swiftkv_train.fetch import CATALOGUE, fetch
+from swiftkv_train.fetch import CATALOGUE
 from swiftkv_train.fetch.demo import SPEECHES, speeches, split_by_year
 from swiftkv_train.fetch.gguf_model import convert_gguf
 from swiftkv_train.fetch.npm import read_npm_files
@@ -25,13 +25,8 @@ PARAGRAPH = (
 
 
 @pytest.fixture(scope="module")
-def fetched(tmp_path_factory):
-    return fetch("smollm2-135m", tmp_path_factory.mktemp("models") / "smollm2-135m", data_dir=None)
-
-
-@pytest.fixture(scope="module")
-def model(fetched):
-    model, info = AutoModelForCausalLM.from_pretrained(fetched, dtype=torch.bfloat16, output_loading_info=True)
+def model(smollm2):
+    model, info = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     return model.eval()
@@ -49,8 +44,8 @@ def test_weights_equal_transformers_own_loading_bit_for_bit(tmp_path):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_tokenizer(fetched):
-    tokenizer = AutoTokenizer.from_pretrained(fetched)
+def test_tokenizer(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = ["In", "Ġ", "2", "0", "2", "4", "Ġwe", "Ġhad", "Ġ", "1", "2", "Ġapples"]
     assert tokenizer.tokenize("In 2024 we had 12 apples") == expected
     ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -60,16 +55,16 @@ def test_tokenizer(fetched):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_perplexity_of_plain_prose(fetched, model):
+def test_perplexity_of_plain_prose(smollm2, model):
     """7.37 in bfloat16 and 7.41 in float32 when this was written; rows left permuted give far more."""
-    ids = AutoTokenizer.from_pretrained(fetched)(PARAGRAPH, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(smollm2)(PARAGRAPH, return_tensors="pt").input_ids
     with torch.no_grad():
         perplexity = model(ids, labels=ids).loss.exp().item()
     assert 7.1 < perplexity < 7.7
 
 
-def test_it_answers_a_chat(fetched, model):
-    tokenizer = AutoTokenizer.from_pretrained(fetched)
+def test_it_answers_a_chat(smollm2, model):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
