@@ -1,4 +1,4 @@
-"""Attention of new queries over two segments of K/V: a row's own slots and a prefix that its group shares.
+"""Attention of new queries over two segments of K/V: a row's own slots, and a prefix that it shares with other rows.
 
     O = softmax over all visible scores of both segments together,   score = q k' / sqrt(C)
 
@@ -6,15 +6,15 @@
     prefix key s of group n   visible to query i where s < lengths_n and s <= t_bi
 
     B batch   T queries   H query heads   G K/V heads (H = G R)   C head size   N own slots   M groups   P prefix slots
-    query, pinned_query [B, H, T, C]     key, value [B, G, N, C]     p = key_positions [B, N]    t = query_positions [B, T]
-    prefix: key, value [M, G, P, C]      lengths [M]      groups [B] (-1: no prefix)      ->     [B, H, T, C]
+    query, pinned_query [B, H, T, C]   key, value [B, G, N, C]   p = key_positions [B, N]   t = query_positions [B, T]
+    prefix: key, value [M, G, P, C]   lengths [M]   groups [B] (-1: no prefix)   ->   [B, H, T, C]
 
-A row owns `pinned` slots (attention sinks) and a ring of window slots. Slots are in any order: K is stored rotated at its
-absolute position and a slot tells which that is (-1: empty). RoPE being relative, "positions in the cache" (StreamingLLM,
-arXiv 2309.17453) are had by a second rotation of the query alone: `pinned_query`, for pinned slots and prefix. A shared
+A row's slots are `pinned` attention sinks and a ring window, in any order: K is stored rotated at its absolute position
+and a slot tells which that is (-1: empty). RoPE being relative, positions in the cache, as StreamingLLM counts them
+(arXiv 2309.17453), only take a second rotation of the query, `pinned_query`, for pinned slots and prefix. A shared
 prefix is read once for all rows of its group (relay attention, arXiv 2402.14808).
 
-Each part gives an output and its natural log-sum-exp; those merge exactly, whatever is empty or dominates:
+Each part gives an output and its natural log-sum-exp, and these merge exactly, whatever is empty or dominates:
 
     O = sum_i w_i O_i,   w = softmax(LSE)        LSE_i = -inf and O_i = 0 where part i shows a query nothing
 """
@@ -60,22 +60,27 @@ def segment_attention(
     scaling: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """See the module's docstring. Queries that see nothing give 0. Has no backward pass.
+    """See the module's docstring. Queries that see nothing give 0. There is no backward pass.
 
-    key and value may be strided (their last dimension contiguous), in the query's dtype or int8 / float8_e4m3fn with
-    key_scale and value_scale [B, G, N] fp32, one per token and K/V head; what empty slots hold must be finite. Positions
-    are int32. `pinned_query` None is `query`, `scaling` None 1 / sqrt(C). Backend 'cpu', 'torch' or 'triton' overrules
-    `segment_attention_backend`; 'triton' reads positions, lengths and groups on the device only, so that its launches
-    depend on shapes alone and a CUDA graph may replay them. Raises ValueError on misfits.
+    key and value may be strided views (contiguous in their last dimension), in the query's dtype, or int8 or
+    float8_e4m3fn with key_scale and value_scale [B, G, N] fp32, one per token and K/V head. What empty slots hold must
+    be finite. Positions, lengths and groups are int32; `pinned_query` None is `query`, `scaling` None 1 / sqrt(C).
+
+    backend 'cpu', 'torch' or 'triton' overrules `segment_attention_backend`. Under 'triton' positions, lengths and
+    groups are read by the device alone: launches depend on shapes only, and a CUDA graph may replay them. Raises
+    ValueError on misfits.
     """
     _check_key_value("key", query, key, value, key_scale, value_scale)
     _check_own(query, pinned_query, key, key_positions, query_positions, window, pinned)
     if prefix is not None:
         _check_key_value("prefix.key", query, prefix.key, prefix.value, prefix.key_scale, prefix.value_scale)
         _check_prefix(query, key, prefix)
+        prefix = prefix if prefix.key.numel() else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, pinned_query, key, value)):
         raise ValueError("segment_attention has no backward pass: call it under torch.no_grad()")
     triton = _resolve_backend(backend, query) == "triton"
+    if query.numel() == 0:
+        return torch.empty_like(query)
     path = segment_attention_triton if triton else segment_attention_torch
     return path(
         query,

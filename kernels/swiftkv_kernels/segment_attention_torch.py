@@ -3,18 +3,19 @@
 All of it is attention of queries at positions over keys at positions (a prefix key's is its index), in parts:
 
     own, few queries     all rows of the batch and all their slots at once; what is hidden is masked
-    own, many queries    row by row, pinned and window slots apart, keys sorted by position: a block of queries at a time,
-                         against the run of keys that any of them may see
+    own, many queries    row by row, pinned and window slots apart, keys sorted by position: a block of queries at a
+                         time, against the run of keys that any of them may see
     a group's prefix     the queries of all rows of the group side by side, as if of one row: its K/V are read once
 
 The R query heads of a K/V head are rows of one product throughout: rows [B, G, R, T, C]; other shapes as in
-segment_attention. Partial outputs are in the query's dtype where torch's flash operator makes them, else fp32 (or fp64).
+segment_attention. Partial outputs are in the query's dtype where torch's flash operator makes them, else fp32 or fp64.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,9 +44,13 @@ class _Keys(NamedTuple):
     value_scale: Tensor | None = None
 
     def rows(self, part: slice) -> _Keys:
-        return _Keys(*(None if tensor is None else tensor[part] for tensor in self))
+        scales = (None if scale is None else scale[part] for scale in self[3:])
+        return _Keys(self.key[part], self.value[part], self.positions[part], *scales)
 
-    def slots(self, part: slice) -> _Keys:
+    def slots(self, start: int, stop: int) -> _Keys:
+        if (start, stop) == (0, self.key.shape[2]):
+            return self
+        part = slice(start, stop)
         scales = (None if scale is None else scale[:, :, part] for scale in self[3:])
         return _Keys(self.key[:, :, part], self.value[:, :, part], self.positions[:, part], *scales)
 
@@ -83,9 +88,9 @@ def segment_attention_torch(
         change = None if pinned_query is None or pinned == 0 else _change(rows, pinned_rows, own, pinned, scaling)
         partials = [_at_once(rows, own, hidden, change, scaling)]
     else:
-        partials = [_row_by_row(rows, own.slots(slice(pinned, None)), query_positions, window, scaling)]
+        partials = [_row_by_row(rows, own.slots(pinned, slots), query_positions, window, scaling)]
         if pinned:
-            partials.append(_row_by_row(pinned_rows, own.slots(slice(pinned)), query_positions, None, scaling))
+            partials.append(_row_by_row(pinned_rows, own.slots(0, pinned), query_positions, None, scaling))
     if prefix is not None:
         partials.append(_prefix(pinned_rows, query_positions, prefix, scaling))
     output = partials[0][0] if len(partials) == 1 else merge_partials(*zip(*partials, strict=True))[0]
@@ -93,26 +98,31 @@ def segment_attention_torch(
 
 
 def merge_partials(outputs: Sequence[Tensor], log_sum_exps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint sets of keys from that over each: outputs [.., C], natural log-sum-exps [..].
+    """Attention over a union of disjoint sets of keys from that over each: outputs [.., C], natural log-sum-exps [..].
 
-    A set that shows a query nothing has -inf there; if all have, the output is 0 and its log-sum-exp -inf.
+    A set that shows a query nothing has output 0 and log-sum-exp -inf there, and so has a union of such sets.
     """
-    log_sum_exp = torch.stack(tuple(log_sum_exps))
-    weights = torch.softmax(log_sum_exp, dim=0).nan_to_num_(0.0)
-    return (torch.stack(tuple(outputs)) * weights.unsqueeze(-1)).sum(0), torch.logsumexp(log_sum_exp, dim=0)
+    log_sum_exp = log_sum_exps[0]
+    output = outputs[0].to(log_sum_exp.dtype)
+    for other_output, other in zip(outputs[1:], log_sum_exps[1:], strict=True):
+        # Pair by pair, by operations that use no threads for so few numbers: softmax would.
+        weight = torch.sigmoid(other - log_sum_exp).nan_to_num_(0.0)  # -inf less -inf
+        output = torch.lerp(output, other_output.to(output.dtype), weight.unsqueeze(-1))
+        log_sum_exp = torch.logaddexp(log_sum_exp, other)
+    return output, log_sum_exp
 
 
 def _hidden(query_positions: Tensor, key_positions: Tensor, window: int | None, pinned: int = 0) -> Tensor:
     """Of [B, T] and [B, N], bool [B, 1, 1, T, N]. Without window, and of the first `pinned` slots, none is too old."""
     (batch, length), slots = query_positions.shape, key_positions.shape[1]
     asked, held = query_positions.view(batch, 1, 1, length, 1), key_positions.view(batch, 1, 1, 1, slots)
-    hidden = held > asked
     if window is None:
-        return hidden.logical_or_(held < 0)
-    if pinned:
-        hidden[..., :pinned].logical_or_(held[..., :pinned] < 0)
-    hidden[..., pinned:].logical_or_(held[..., pinned:] <= (asked - window).clamp_min_(-1))
-    return hidden
+        too_old = held < 0
+    else:
+        too_old = held <= (asked - window).clamp_min_(-1)
+        if pinned:
+            too_old[..., :pinned] = held[..., :pinned] < 0
+    return (held > asked).logical_or_(too_old)
 
 
 def _change(rows: Tensor, pinned_rows: Tensor, keys: _Keys, pinned: int, scaling: float) -> Tensor:
@@ -141,28 +151,32 @@ def _at_once(rows: Tensor, keys: _Keys, hidden: Tensor, change: Tensor | None, s
 def _row_by_row(
     rows: Tensor, keys: _Keys, query_positions: Tensor, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    each = [slice(index, index + 1) for index in range(len(rows))]
-    partials = [_in_blocks(rows[row], keys.rows(row).sorted(), query_positions[row], window, scaling) for row in each]
+    partials = []
+    for index in range(len(rows)):
+        row = slice(index, index + 1)
+        its_keys = keys.rows(row).sorted()
+        held = its_keys.positions[0].tolist()
+        partials.append(_in_blocks(rows[row], its_keys, held, query_positions[row], window, scaling))
     return _joined(partials, dim=0)
 
 
 def _in_blocks(
-    rows: Tensor, keys: _Keys, query_positions: Tensor, window: int | None, scaling: float
+    rows: Tensor, keys: _Keys, held: Sequence[int], query_positions: Tensor, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """One row's queries over keys that are sorted by position."""
+    """One row's queries over keys at the positions `held`, which ascend."""
     _, groups, ratio, length, _ = rows.shape
-    size = max(16, min(BLOCK, WORK // max(1, groups * ratio * keys.key.shape[2])))
+    size = max(16, min(BLOCK, WORK // max(1, groups * ratio * len(held))))
+    positions = query_positions[0].tolist()
     partials = []
     for start in range(0, length, size):
+        first, last = min(positions[start : start + size]), max(positions[start : start + size])
+        # Keys that some query sees, and those that all see.
+        some, every = (-1 if window is None else max(-1, position - window) for position in (first, last))
+        some, every, every_end, some_end = (bisect_right(held, bound) for bound in (some, every, first, last))
+        seen = keys.slots(some, max(some, some_end))
         part = slice(start, start + size)
-        asked = query_positions[:, part]
-        first, last = (int(position) for position in asked.aminmax())
-        # A key is seen by some query from the first bound on, by all from the second, to the third, and to the fourth.
-        too_old = [-1, -1] if window is None else [max(first - window, -1), max(last - window, -1)]
-        bounds = torch.tensor([*too_old, first, last], dtype=asked.dtype, device=asked.device)
-        some, every, every_end, some_end = torch.searchsorted(keys.positions[0], bounds, right=True).tolist()
-        seen = keys.slots(slice(some, max(some, some_end)))
-        hidden = None if (some, some_end) == (every, every_end) else _hidden(asked, seen.positions, window)
+        all_alike = (some, some_end) == (every, every_end)
+        hidden = None if all_alike else _hidden(query_positions[:, part], seen.positions, window)
         partials.append(_attend(rows[..., part, :], seen, hidden, None, scaling))
     return _joined(partials, dim=3)
 
@@ -174,26 +188,34 @@ def _prefix(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Of every row, the part that is its group's prefix."""
-    key, value, lengths, groups, key_scale, value_scale = prefix
-    position = torch.arange(key.shape[2], dtype=torch.int32, device=rows.device).expand(len(key), -1)
-    stored = _Keys(key, value, position, key_scale, value_scale)
-    dtype = _accumulate(rows)
-    output = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
-    log_sum_exp = torch.full(rows.shape[:-1], float("-inf"), dtype=dtype, device=rows.device)
+    key, value, lengths, groups, *scales = prefix
+    _, kv_heads, ratio, length, size = rows.shape
+    positions = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(len(key), -1)
+    stored, counts = _Keys(key, value, positions, *scales), lengths.tolist()
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups.tolist()):
-        if 0 <= group < len(key):
-            members.setdefault(group, []).append(row)
-    stored_tokens = lengths.tolist()
+        members.setdefault(group, []).append(row)
+    partials = []
     for group, its_rows in members.items():
-        keys = stored.rows(slice(group, group + 1)).slots(slice(max(0, stored_tokens[group])))
-        queries = rows[its_rows].permute(1, 2, 0, 3, 4).flatten(2, 3)  # [G, R, rows T, C]
-        its_positions = query_positions[its_rows].view(1, -1)
-        its_output, its_log_sum_exp = _in_blocks(queries[None], keys, its_positions, None, scaling)
-        by_row = (len(its_rows), rows.shape[3])
-        output[its_rows] = its_output[0].unflatten(2, by_row).permute(2, 0, 1, 3, 4).to(dtype)
-        log_sum_exp[its_rows] = its_log_sum_exp[0].unflatten(2, by_row).permute(2, 0, 1, 3)
-    return output, log_sum_exp
+        # A row without prefix sees no key of the first.
+        index, count = (group, min(counts[group], key.shape[2])) if 0 <= group < len(counts) else (0, 0)
+        keys = stored.rows(slice(index, index + 1)).slots(0, count)
+        queries = _selected(rows, its_rows).permute(1, 2, 0, 3, 4).flatten(2, 3)[None]
+        its_positions = _selected(query_positions, its_rows).reshape(1, -1)
+        output, log_sum_exp = _in_blocks(queries, keys, range(count), its_positions, None, scaling)
+        shape = (kv_heads, ratio, len(its_rows), length)
+        output, log_sum_exp = output.view(*shape, size), log_sum_exp.view(shape)
+        partials.append((output.permute(2, 0, 1, 3, 4), log_sum_exp.permute(2, 0, 1, 3)))
+    output, log_sum_exp = _joined(partials, dim=0)
+    order = [row for its_rows in members.values() for row in its_rows]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return _selected(output, back), _selected(log_sum_exp, back)
+
+
+def _selected(tensor: Tensor, rows: list[int]) -> Tensor:
+    if rows == list(range(len(tensor))):
+        return tensor
+    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
 def _joined(partials: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
@@ -234,7 +256,7 @@ def _flash(
     if queries.stride(-1) != 1:
         queries = queries.contiguous()  # the operator reads whatever is beside, and does not complain
     output, log_sum_exp = operator(queries, keys.key, keys.value, attn_mask=mask, scale=scaling)
-    if hidden is not None:
+    if hidden is not None and log_sum_exp.min() < _HIDDEN / 2:
         blind = log_sum_exp < _HIDDEN / 2
         log_sum_exp = log_sum_exp.masked_fill(blind, float("-inf"))
         output = output.masked_fill(blind.unsqueeze(-1), 0.0)

@@ -1,13 +1,13 @@
 """segment_attention as Triton kernels: split keys, fp32 partials, one merge. Launches depend on shapes alone.
 
     _own_slots    a program per row of the batch, K/V head, block of the row's T R queries, and share of its slots
-    _prefixes     a program per block of the queries of a group's rows, K/V head, and share of the prefix's keys; it finds
+    _prefixes     a program per block of queries of a group's rows, K/V head, and share of the prefix's keys; it finds
                   its group and rows by counting through `groups`
     _merge        a program per query: its partials become the output. Left out where there is one partial
 
 The R query heads of a K/V head are rows of one tile. Where a tile of keys shows a block nothing, K and V are not read.
 Shapes as in segment_attention; partials [parts, B, H, T, C] and natural log-sum-exps [parts, B, H, T], prefixes' last.
-float8_e4m3fn is read as bits: Triton casts it from compute capability 8.9 on only, and its interpreter loses subnormals.
+float8_e4m3fn is read as bits: Triton casts it from compute capability 8.9 on only, its interpreter loses subnormals.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ def segment_attention_triton(
     query, pinned_query = _strided_alike(query, query if pinned_query is None else pinned_query)
     query_positions = query_positions.contiguous()
     rows = heads // groups * length
-    block = _power_of_two(rows, most=64)
+    # Products of fp32 run on the plain units, from registers: tiles that fit them.
+    narrow, wide = query.dtype.itemsize == 2, size > 128
+    most = 64 if narrow else 16 if wide else 32
+    block = _power_of_two(rows, most=most)
     grid = (batch * groups, -(-rows // block))
     own_parts = _parts(slots, grid[0] * grid[1], query.device)
-    prefix_grid, prefix_block = (0, 0, 0), _power_of_two(batch * rows, most=64)
-    if prefix is not None and 0 not in prefix[0].shape:
+    prefix_grid, prefix_block = (0, 0, 0), _power_of_two(batch * rows, most=most)
+    if prefix is not None:
         # Of every group the last block may be incomplete.
         blocks = (batch * rows + min(len(prefix[0]), batch) * (prefix_block - 1)) // prefix_block
         prefix_grid = (blocks, groups, _parts(prefix[0].shape[2], blocks * groups, query.device))
@@ -61,7 +64,7 @@ def segment_attention_triton(
     if parts > 1:
         partials = query.new_empty((parts, *query.shape), dtype=torch.float32)
     sizes: dict[str, Any] = {"R": heads // groups, "C": size, "BLOCK_C": _power_of_two(size)}
-    sizes |= {"BLOCK_N": 64 if size <= 128 else 32, "UPCAST": not query.is_cuda}  # the interpreter's bf16 products fail
+    sizes |= {"BLOCK_N": (64 if narrow else 32) // (1 + wide), "UPCAST": not query.is_cuda}
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         own_slots[(*grid, own_parts)](
             *(query, pinned_query, *query.stride()[:3]),
@@ -73,7 +76,7 @@ def segment_attention_triton(
             BLOCK_M=block,
             **sizes,
         )
-        if prefix is not None and prefix_grid[2]:
+        if prefix is not None:
             prefix_key, prefix_value, lengths, group_of_row, *scales = prefix
             group_of_row = group_of_row.contiguous()
             prefixes[prefix_grid](
@@ -89,8 +92,8 @@ def segment_attention_triton(
             )
         if parts > 1:
             merge[(batch * heads * length,)](
-                *(partials, log_sum_exps, group_of_row if prefix_grid[2] else log_sum_exps, output),
-                *(heads * length, len(prefix_key) if prefix_grid[2] else 0),
+                *(partials, log_sum_exps, log_sum_exps if prefix is None else group_of_row, output),
+                *(heads * length, 0 if prefix is None else len(prefix[0])),
                 OWN_PARTS=own_parts,
                 PARTS=parts,
                 BLOCK_PARTS=_power_of_two(parts, least=2),
@@ -154,64 +157,19 @@ def _own_slots(
     key_scale += row * scale_b + group * scale_g
     value_scale += row * scale_b + group * scale_g
     positions += row * positions_b
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    keys = (key, key_n, value, value_n, key_scale, value_scale, scale_n, positions, positions_n)
+    state = _nothing_seen(BLOCK_M, BLOCK_C)
     if PINNED > 0:
-        maximum, total, mean = _attend(
-            maximum,
-            total,
-            mean,
-            _queries(pinned_query, where, inside, C, BLOCK_C, UPCAST),
-            asked,
-            key,
-            key_n,
-            value,
-            value_n,
-            key_scale,
-            value_scale,
-            scale_n,
-            positions,
-            positions_n,
-            0,
-            tl.where(part == 0, PINNED, 0),
-            window,
-            scaling,
-            HAS_POSITIONS=True,
-            WINDOWED=False,
-            C=C,
-            BLOCK_N=BLOCK_N,
-            BLOCK_C=BLOCK_C,
-        )
+        q = _queries(pinned_query, where, inside, C, BLOCK_C, UPCAST)
+        pinned_end = tl.where(part == 0, PINNED, 0)
+        state = _attend(state, q, asked, keys, 0, pinned_end, window, scaling, True, False, C, BLOCK_N, BLOCK_C)
     share = tl.cdiv(tl.cdiv(slots - PINNED, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     first = PINNED + tl.program_id(2) * share
-    maximum, total, mean = _attend(
-        maximum,
-        total,
-        mean,
-        _queries(query, where, inside, C, BLOCK_C, UPCAST),
-        asked,
-        key,
-        key_n,
-        value,
-        value_n,
-        key_scale,
-        value_scale,
-        scale_n,
-        positions,
-        positions_n,
-        first,
-        tl.minimum(first + share, slots),
-        window,
-        scaling,
-        HAS_POSITIONS=True,
-        WINDOWED=True,
-        C=C,
-        BLOCK_N=BLOCK_N,
-        BLOCK_C=BLOCK_C,
-    )
+    end = tl.minimum(first + share, slots)
+    q = _queries(query, where, inside, C, BLOCK_C, UPCAST)
+    state = _attend(state, q, asked, keys, first, end, window, scaling, True, True, C, BLOCK_N, BLOCK_C)
     place = ((part * batch + row) * (G * R) + head) * length + time
-    _store_partial(partials, log_sum_exps, maximum, total, mean, place, inside, C, BLOCK_C)
+    _store_partial(partials, log_sum_exps, state, place, inside, C, BLOCK_C)
 
 
 def _prefixes(
@@ -291,35 +249,19 @@ def _prefixes(
     stored = tl.minimum(tl.load(lengths + mine), capacity)
     share = tl.cdiv(tl.cdiv(stored, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     first = tl.program_id(2) * share
+    end = tl.minimum(first + share, stored)
     prefix_index = mine.to(tl.int64)
-    maximum, total, mean = _attend(
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        tl.zeros([BLOCK_M, BLOCK_C], tl.float32),
-        _queries(query, where, inside, C, BLOCK_C, UPCAST),
-        asked,
-        key + prefix_index * key_m + group * key_g,
-        key_n,
-        value + prefix_index * value_m + group * value_g,
-        value_n,
-        key_scale + prefix_index * scale_m + group * scale_g,
-        value_scale + prefix_index * scale_m + group * scale_g,
-        scale_n,
-        lengths,
-        0,
-        first,
-        tl.minimum(first + share, stored),
-        0,
-        scaling,
-        HAS_POSITIONS=False,
-        WINDOWED=False,
-        C=C,
-        BLOCK_N=BLOCK_N,
-        BLOCK_C=BLOCK_C,
-    )
+    key += prefix_index * key_m + group * key_g
+    value += prefix_index * value_m + group * value_g
+    key_scale += prefix_index * scale_m + group * scale_g
+    value_scale += prefix_index * scale_m + group * scale_g
+    keys = (key, key_n, value, value_n, key_scale, value_scale, scale_n, lengths, 0)
+    q = _queries(query, where, inside, C, BLOCK_C, UPCAST)
+    state = _nothing_seen(BLOCK_M, BLOCK_C)
+    state = _attend(state, q, asked, keys, first, end, 0, scaling, False, False, C, BLOCK_N, BLOCK_C)
     part = OWN_PARTS + tl.program_id(2).to(tl.int64)
     place = ((part * batch + row) * (tl.num_programs(1) * R) + head) * length + time
-    _store_partial(partials, log_sum_exps, maximum, total, mean, place, inside, C, BLOCK_C)
+    _store_partial(partials, log_sum_exps, state, place, inside, C, BLOCK_C)
 
 
 def _merge(
@@ -355,23 +297,19 @@ def _merge(
     tl.store(output + query * C + channel, mean.to(output.dtype.element_ty), mask=inside)
 
 
+def _nothing_seen(BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per query: the largest score, the sum of weights relative to that, the sum of V by these weights [M, C]."""
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return largest, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+
+
 def _attend(
-    maximum,
-    total,
-    mean,
+    state,
     q,
     asked,
-    key,
-    key_n,
-    value,
-    value_n,
-    key_scale,
-    value_scale,
-    scale_n,
-    positions,
-    positions_n,
+    keys,
     first,
-    last,
+    end,
     window,
     scaling,
     HAS_POSITIONS: tl.constexpr,
@@ -380,10 +318,9 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Goes on with an online softmax of queries q [M, C] at positions `asked` over the keys first .. last - 1.
-
-    Its state: per query the largest score, the sum of weights relative to that, and the sum of weighted V [M, C].
-    """
+    """`state` after an online softmax of queries q [M, C] at positions `asked` over the keys first .. end - 1 too."""
+    largest, total, mean = state
+    key, key_n, value, value_n, key_scale, value_scale, scale_n, positions, positions_n = keys
     element: tl.constexpr = key.dtype.element_ty
     QUANTISED: tl.constexpr = element == tl.int8 or element == tl.uint8
     # In fp16, weights times a small scale would be lost.
@@ -391,18 +328,19 @@ def _attend(
     channel = tl.arange(0, BLOCK_C)
     newest = tl.max(asked, axis=0)
     too_old = tl.min(tl.where(asked >= 0, asked, 2147483647), axis=0) - window
-    for start in range(first, last, BLOCK_N):
+    for start in range(first, end, BLOCK_N):
         slot = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         if HAS_POSITIONS:
-            held = tl.load(positions + slot * positions_n, mask=slot < last, other=-1)
+            held = tl.load(positions + slot * positions_n, mask=slot < end, other=-1)
         else:
-            held = tl.where(slot < last, slot, -1).to(tl.int32)
+            held = tl.where(slot < end, slot, -1).to(tl.int32)
         needed = (held >= 0) & (held <= newest)
         if WINDOWED:
             needed = needed & (held > too_old)
         if tl.max(needed.to(tl.int32), axis=0) > 0:
             inside = needed[:, None] & (channel < C)[None, :]
             k = tl.load(key + slot[:, None] * key_n + channel[None, :], mask=inside, other=0)
+            v = tl.load(value + slot[:, None] * value_n + channel[None, :], mask=inside, other=0)  # while k is used
             scores = tl.dot(q, tl.trans(_unpacked(k, q.dtype)), input_precision="ieee") * scaling
             if QUANTISED:
                 scores *= tl.load(key_scale + slot * scale_n, mask=needed, other=0.0)[None, :]
@@ -410,22 +348,22 @@ def _attend(
             if WINDOWED:
                 seen = seen & (asked[:, None] - held[None, :] < window)
             scores = tl.where(seen, scores, float("-inf"))
-            larger = tl.maximum(maximum, tl.max(scores, axis=1))
+            larger = tl.maximum(largest, tl.max(scores, axis=1))
             reference = tl.where(larger == float("-inf"), 0.0, larger)
             weights = tl.exp(scores - reference[:, None])
-            shrink = tl.exp(maximum - reference)
-            maximum = larger
+            shrink = tl.exp(largest - reference)
+            largest = larger
             total = total * shrink + tl.sum(weights, axis=1)
             if QUANTISED:
                 weights *= tl.load(value_scale + slot * scale_n, mask=needed, other=0.0)[None, :]
-            v = tl.load(value + slot[:, None] * value_n + channel[None, :], mask=inside, other=0)
             mean = mean * shrink[:, None]
             mean = tl.dot(weights.to(weight_type), _unpacked(v, weight_type), mean, input_precision="ieee")
-    return maximum, total, mean
+    return largest, total, mean
 
 
 def _queries(query, where, inside, C: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr):
     channel = tl.arange(0, BLOCK_C)
+    """As tiles; in fp32 where the interpreter multiplies, which gets bf16 wrong."""
     q = tl.load(query + where[:, None] + channel[None, :], mask=inside[:, None] & (channel < C)[None, :], other=0.0)
     return q.to(tl.float32) if UPCAST else q
 
@@ -440,13 +378,14 @@ def _unpacked(stored, dtype: tl.constexpr):
         return stored.to(dtype)
 
 
-def _store_partial(partials, log_sum_exps, maximum, total, mean, place, inside, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def _store_partial(partials, log_sum_exps, state, place, inside, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    largest, total, mean = state
     some = total > 0
     total = tl.where(some, total, 1.0)
     channel = tl.arange(0, BLOCK_C)
-    output = (mean / total[:, None]).to(partials.dtype.element_ty)
-    tl.store(partials + place[:, None] * C + channel[None, :], output, mask=inside[:, None] & (channel < C)[None, :])
-    tl.store(log_sum_exps + place, tl.where(some, maximum + tl.log(total), float("-inf")), mask=inside)
+    mean = (mean / total[:, None]).to(partials.dtype.element_ty)
+    tl.store(partials + place[:, None] * C + channel[None, :], mean, mask=inside[:, None] & (channel < C)[None, :])
+    tl.store(log_sum_exps + place, tl.where(some, largest + tl.log(total), float("-inf")), mask=inside)
 
 
 @functools.cache
@@ -457,7 +396,7 @@ def _kernels() -> tuple[Any, Any, Any]:
         import triton.language
     except ImportError as error:
         raise ImportError("backend 'triton' needs triton: pip install 'swiftkv-train[triton]'") from error
-    called = (_attend, _queries, _unpacked, _store_partial)
+    called = (_nothing_seen, _attend, _queries, _unpacked, _store_partial)
     globals().update({function.__name__: triton.jit(function) for function in called}, tl=triton.language)
     return triton.jit(_own_slots), triton.jit(_prefixes), triton.jit(_merge)
 
@@ -482,14 +421,14 @@ def _stored(key: Tensor, value: Tensor, key_scale: Tensor | None, value_scale: T
 
 
 def _parts(keys: int, programs: int, device: torch.device) -> int:
-    """Into how many shares keys are split so that some programs fall to every multiprocessor."""
-    wanted = -(-2 * _multiprocessors(device) // max(1, programs))
+    """Into how many shares keys are split so that four programs fall to every multiprocessor."""
+    wanted = -(-4 * _multiprocessors(device) // max(1, programs))
     return max(1, min(wanted, -(-keys // _SPLIT), _MOST_PARTS))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _power_of_two(size: int, least: int = 16, most: int = 1 << 30) -> int:
