@@ -148,7 +148,7 @@ def calibrate(
     on_device = model.device.type == accelerator.device.type
     place = nullcontext() if on_device else layer_by_layer(accelerator.device, model)
     with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance, place:
-        moments = accumulate_moments(model, batches(), accelerator.device, advance)
+        moments = accumulate_moments(model, batches(), accelerator.device, advance, recipe.calibration.weighting)
     if ranks > 1:
         for tensor in moments.tensors():
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))

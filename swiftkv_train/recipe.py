@@ -73,7 +73,12 @@ class RewriteSection(Section):
 
 class CalibrationSection(Section):
     tokens: int = Field(65_536, ge=1, description="Tokens of training data the closed-form start is fitted on.")
-    ridge: float = Field(1e-3, ge=0, description="Ridge strength, relative to the mean diagonal of X'X.")
+    ridge: float = Field(1e-4, ge=0, description="Ridge strength, relative to the mean diagonal of X'X.")
+    weighting: Literal["head", "layer", "none"] = Field(
+        "head",
+        description="Tokens count by the attention they get: per K/V `head` (best; its sums take 8 D^2 bytes per head "
+        "and tail layer, D the hidden size), per `layer` (less memory), or all alike.",
+    )
 
 
 class GenerateSection(Section):

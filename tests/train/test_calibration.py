@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from swiftkv_models import rewrite
+from swiftkv_train import calibrate
 from swiftkv_train.calibrate import accumulate_moments, solve
 from swiftkv_train.data import Batch
+from swiftkv_train.shared_projections import compensated_queries, complex_halves, shared_keys, shared_values
 from tiny import random_ids, tiny_llama
 
 FIRST, PAD = 2, 0
@@ -29,68 +31,155 @@ def batches():
     return [packed_batch(4, 33, seed, padding) for seed, padding in ((0, 0), (1, 7), (2, 20))]
 
 
-def inputs_and_targets(base, batches):
-    """X [N, D] and per tail layer Y [N, 2 G C] of the real tokens, from the base's recorded hidden states."""
-    layers = base.model.layers
-    inputs, targets = [], [[] for _ in layers[FIRST:]]
+def inputs_targets_and_attention(base, batches):
+    """X [N, D], per tail layer Y [N, 2, G, C] (K and V) and the attention [N, G] that the real tokens get.
+
+    As the base's own code records them.
+    """
+    layers, config = base.model.layers, base.config
+    base.set_attn_implementation("eager")  # the only one that shows its weights
+    inputs, targets, attention = [], [[] for _ in layers[FIRST:]], [[] for _ in layers[FIRST:]]
+    with torch.no_grad():
+        for batch in batches:
+            out = base.model(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                output_hidden_states=True,
+                output_attentions=True,
+            )
+            states = out.hidden_states
+            inputs.append(layers[FIRST].input_layernorm(states[FIRST])[batch.token_mask])
+            for offset, index in enumerate(range(FIRST, len(layers))):
+                normed = layers[index].input_layernorm(states[index])[batch.token_mask]
+                own = layers[index].self_attn
+                both = torch.stack([own.k_proj(normed), own.v_proj(normed)], dim=1)
+                targets[offset].append(both.unflatten(2, (-1, config.head_dim)))
+                received = out.attentions[index].sum(2).unflatten(1, (config.num_key_value_heads, -1)).mean(2)
+                attention[offset].append(received.transpose(1, 2)[batch.token_mask])
+    return (
+        torch.cat(inputs).numpy(),
+        [torch.cat(part).numpy() for part in targets],
+        [torch.cat(part).numpy() for part in attention],
+    )
+
+
+def ridge_by_least_squares(inputs, targets, weights, ridge, bias):
+    """argmin |M^1/2 (X W - Y)|^2 + r |W|^2, r = ridge x mean diagonal of X'MX, as one stacked lstsq; a bias is free."""
+    width, root = inputs.shape[1], np.sqrt(weights)[:, None]
+    penalty = np.sqrt(ridge * ((root * inputs) ** 2).sum(0).mean()) * np.eye(width)
+    if bias:
+        inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
+        penalty = np.hstack([penalty, np.zeros((width, 1))])
+    stacked = np.vstack([root * inputs, penalty])
+    solution, *_ = np.linalg.lstsq(
+        stacked, np.vstack([root * targets, np.zeros((width, targets.shape[1]))]), rcond=None
+    )
+    residual = targets - inputs @ solution
+    mean = (weights[:, None] * targets).sum(0) / weights.sum()
+    return solution, (weights[:, None] * residual**2).sum(), (weights[:, None] * (targets - mean) ** 2).sum()
+
+
+def expected_solutions(base, batches, weighting, ridge, bias):
+    """Per tail layer K and V [D, G, C] and their R^2, head by head."""
+    inputs, targets, attention = inputs_targets_and_attention(base, batches)
+    found = []
+    for of_layer, received in zip(targets, attention, strict=True):
+        if weighting != "head":
+            received = np.repeat(received.mean(1, keepdims=True), received.shape[1], axis=1)
+        if weighting == "none":
+            received = np.ones_like(received)
+        solutions, r2 = [], []
+        for kind in (0, 1):
+            heads = [
+                ridge_by_least_squares(inputs, of_layer[:, kind, head], received[:, head], ridge, bias)
+                for head in range(received.shape[1])
+            ]
+            solutions.append(np.stack([solution for solution, _, _ in heads], axis=1))
+            r2.append(1 - sum(left for _, left, _ in heads) / sum(total for _, _, total in heads))
+        found.append((*solutions, *r2))
+    return found, len(inputs)
+
+
+@pytest.mark.parametrize("family", ["smollm2", "bias", "wide-heads"])
+@pytest.mark.parametrize("weighting", ["head", "layer", "none"])
+def test_equals_least_squares_on_the_real_tokens(family, weighting, batches):
+    base = tiny_llama(family)
+    expected, tokens = expected_solutions(copy.deepcopy(base), batches, weighting, 1e-2, family == "bias")
+    model = rewrite(base, num_key_value_layers=FIRST)
+    moments = accumulate_moments(model, batches, "cpu", weighting=weighting)
+    assert int(moments.tokens) == tokens == 4 * (33 + 26 + 13)
+    fits = solve(model, moments, 1e-2)
+    width = base.config.hidden_size
+    for fit, (keys, values, r2_keys, r2_values) in zip(fits, expected, strict=True):
+        # Attention is summed in fp32 here and normalised in fp32 there: 1e-7, and the condition of the system above it.
+        assert fit.r2_keys == pytest.approx(r2_keys, abs=1e-5)
+        assert fit.r2_values == pytest.approx(r2_values, abs=1e-5)
+        assert 0 < r2_keys < 1
+        attention = model.model.layers[fit.layer].self_attn
+        for projection, part in ((attention.k_proj_swiftkv, keys), (attention.v_proj_swiftkv, values)):
+            rows = part.reshape(len(part), -1)
+            np.testing.assert_allclose(projection.weight.detach().numpy().T, rows[:width], atol=1e-5)
+            if family == "bias":
+                np.testing.assert_allclose(projection.bias.detach().numpy(), rows[width], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["smollm2", "bias"])
+def test_groups_share_what_shared_projections_make_of_their_solutions(family, batches):
+    """That these are right is test_shared_projections.py's matter; here, that they are given the right tensors."""
+    base = tiny_llama(family)
+    bias, width, size = family == "bias", base.config.hidden_size, base.config.head_dim
+    expected, _ = expected_solutions(copy.deepcopy(base), batches, "head", 1e-2, bias)
+    inputs, _, attention = inputs_targets_and_attention(copy.deepcopy(base), batches)
+    x = torch.from_numpy(np.hstack([inputs, np.ones((len(inputs), 1))]) if bias else inputs)
+    queries = queries_of(copy.deepcopy(base), batches)
+    model = rewrite(base, num_key_value_layers=FIRST, key_value_group_size=2)
+    solve(model, accumulate_moments(model, batches, "cpu"), 1e-2)
+    for leader in range(FIRST, 6, 2):
+        layers = (leader, leader + 1)
+        members = [model.model.layers[index].self_attn for index in layers]
+        keys, values = (torch.stack([torch.from_numpy(expected[i - FIRST][kind]) for i in layers]) for kind in (0, 1))
+        outputs = torch.stack([attention.o_proj.weight.unflatten(1, (-1, size)) for attention in members]).detach()
+        shared = shared_values(values, outputs).flatten(1)
+        torch.testing.assert_close(members[0].v_proj_swiftkv.weight.T, shared[:width], atol=1e-4, rtol=1e-4)
+
+        weights = [torch.from_numpy(attention[index - FIRST]).sum(1, keepdim=True) for index in layers]
+        metric = sum((x * weight).T @ x / weight.sum() for weight in weights) / 2
+        groups = keys.shape[2]
+        squares = torch.stack([queries[i - FIRST].square().mean(0).view(groups, -1, size).mean(1) for i in layers])
+        rms = (squares[..., : size // 2] + squares[..., size // 2 :]).sqrt()
+        wanted, factors = shared_keys(keys, metric, rms)
+        projection = members[0].k_proj_swiftkv
+        columns = [projection.weight.T, *([projection.bias[None]] if bias else [])]
+        found = torch.cat(columns).detach().unflatten(1, (groups, size))
+
+        def products(key, weight, groups=groups):
+            """What no phase of an eigenvector changes: a key times the conjugate of each query it meets."""
+            query = complex_halves(weight.T.unflatten(1, (groups, -1, size)))  # [D, G, R, F]
+            return torch.einsum("dgf,egrf->degrf", complex_halves(key), query.conj())
+
+        for attention_of, factor in zip(members, factors, strict=True):
+            compensated = compensated_queries(attention_of.q_proj.weight, factor)
+            torch.testing.assert_close(
+                products(found, attention_of.q_proj_swiftkv.weight.detach()),
+                products(wanted, compensated.detach()),
+                atol=1e-4,
+                rtol=1e-3,
+            )
+
+
+def queries_of(base, batches):
+    """Per tail layer the base's queries [N, H C] of the real tokens."""
+    found = [[] for _ in base.model.layers[FIRST:]]
     with torch.no_grad():
         for batch in batches:
             states = base.model(
                 batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True
             ).hidden_states
-            inputs.append(layers[FIRST].input_layernorm(states[FIRST])[batch.token_mask])
-            for found, index in zip(targets, range(FIRST, len(layers)), strict=True):
-                normed = layers[index].input_layernorm(states[index])[batch.token_mask]
-                attention = layers[index].self_attn
-                found.append(torch.cat([attention.k_proj(normed), attention.v_proj(normed)], dim=-1))
-    return torch.cat(inputs).numpy(), [torch.cat(found).numpy() for found in targets]
-
-
-def ridge_by_least_squares(inputs, targets, ridge, bias):
-    """argmin |X W - Y|^2 + r |W|^2 with r = ridge x mean of the diagonal of X'X, as one stacked lstsq; bias is free."""
-    width = inputs.shape[1]
-    strength = ridge * (inputs**2).sum(0).mean()
-    penalty = np.sqrt(strength) * np.eye(width)
-    if bias:
-        inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
-        penalty = np.hstack([penalty, np.zeros((width, 1))])
-    stacked = np.vstack([inputs, penalty])
-    solution, *_ = np.linalg.lstsq(stacked, np.vstack([targets, np.zeros((width, targets.shape[1]))]), rcond=None)
-    residual = targets - inputs @ solution
-    half = targets.shape[1] // 2
-    r2 = [
-        1 - (residual[:, part] ** 2).sum() / ((targets[:, part] - targets[:, part].mean(0)) ** 2).sum()
-        for part in (slice(0, half), slice(half, None))
-    ]
-    return solution, r2
-
-
-@pytest.mark.parametrize("family", ["smollm2", "bias", "wide-heads"])
-@pytest.mark.parametrize("group", [1, 2])
-def test_equals_least_squares_on_the_real_tokens(family, group, batches):
-    base = tiny_llama(family)
-    inputs, targets = inputs_and_targets(base, batches)
-    expected = [ridge_by_least_squares(inputs, target, 1e-2, family == "bias") for target in targets]
-    model = rewrite(copy.deepcopy(base), num_key_value_layers=FIRST, key_value_group_size=group)
-    moments = accumulate_moments(model, batches, "cpu")
-    assert int(moments.tokens) == len(inputs) == 4 * (33 + 26 + 13)
-    fits = solve(model, moments, 1e-2)
-    # fp64 normal equations of a system with ridge 1e-2, whose condition number is below 1e4: 1e-12 x 1e4.
-    for fit, (_, (keys, values)) in zip(fits, expected, strict=True):
-        assert fit.r2_keys == pytest.approx(keys, abs=1e-8)
-        assert fit.r2_values == pytest.approx(values, abs=1e-8)
-        assert 0 < keys < 1
-    for leader in range(FIRST, 6, group):
-        shared = np.mean([expected[index - FIRST][0] for index in range(leader, leader + group)], axis=0)
-        attention = model.model.layers[leader].self_attn
-        width, half = base.config.hidden_size, shared.shape[1] // 2
-        for projection, part in (
-            (attention.k_proj_swiftkv, shared[:, :half]),
-            (attention.v_proj_swiftkv, shared[:, half:]),
-        ):
-            np.testing.assert_allclose(projection.weight.detach().numpy().T, part[:width], atol=1e-8)
-            if family == "bias":
-                np.testing.assert_allclose(projection.bias.detach().numpy(), part[width], atol=1e-8)
+            for offset, layer in enumerate(base.model.layers[FIRST:]):
+                normed = layer.input_layernorm(states[FIRST + offset])[batch.token_mask]
+                found[offset].append(layer.self_attn.q_proj(normed))
+    return [torch.cat(part) for part in found]
 
 
 @pytest.mark.parametrize("family", ["smollm2", "bias"])
@@ -126,13 +215,30 @@ def test_what_stands_in_the_padding_does_not_matter(batches):
         assert torch.equal(one, other)
 
 
-def test_only_key_and_value_projections_of_leaders_are_set(batches):
-    model = rewrite(tiny_llama(), num_key_value_layers=FIRST, key_value_group_size=2)
+@pytest.mark.parametrize("group", [1, 2])
+def test_only_what_is_to_be_calibrated_is_set(batches, group):
+    model = rewrite(tiny_llama(), num_key_value_layers=FIRST, key_value_group_size=group)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     solve(model, accumulate_moments(model, batches, "cpu"), 1e-3)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     attention = "model.layers.{}.self_attn.{}_proj_swiftkv.weight"
-    assert changed == {attention.format(layer, kind) for layer in (2, 4) for kind in "kv"}
+    wanted = {attention.format(layer, kind) for layer in range(FIRST, 6, group) for kind in "kv"}
+    if group > 1:
+        wanted |= {attention.format(layer, "q") for layer in range(FIRST, 6)}
+    assert changed == wanted
+
+
+def test_attention_received_in_blocks_is_that_of_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 37, 8, generator=generator) for heads in (6, 2))
+    documents = (torch.arange(37) // 15).expand(2, 37)
+    monkeypatch.setattr(calibrate, "SCORE_BYTES", 4 * 2 * 6 * 37 * 5)  # five rows at a time
+    found = calibrate.attention_received(query, key, documents)
+    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 8**-0.5
+    visible = torch.ones(37, 37, dtype=torch.bool).tril() & (documents[0, :, None] == documents[0, None])
+    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+    torch.testing.assert_close(found, weights.sum(2).view(2, 2, 3, 37).mean(2).transpose(1, 2))
+    torch.testing.assert_close(found.mean(1), torch.ones(2, 2))
 
 
 def test_too_few_tokens_without_ridge_are_noticed(batches):
