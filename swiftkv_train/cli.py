@@ -259,10 +259,15 @@ def chat(
 OutputOption = Annotated[Optional[Path], typer.Option("--output", help="Also write the result to this JSON file.")]  # noqa: UP045
 
 
-def _finish_bench(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
+def _finish_bench(result: dict[str, Any], output: Path | None, as_json: bool, draw: Any = None) -> None:
+    """`draw`: one of bench/plots.py's, for a picture beside `output`."""
     from swiftkv_train.bench import finish
 
     finish(result, output, as_json)
+    if draw is not None and output is not None:
+        from swiftkv_train.bench.plots import plot
+
+        plot(result, draw, output)
 
 
 @bench_app.command("init", epilog=_example("swiftkv bench init recipes/smollm2-135m/quickstart.yaml"))
@@ -350,6 +355,107 @@ def bench_plan(
     from swiftkv_train.bench.plan import measure
 
     _finish_bench(measure(models), output, as_json)
+
+
+@bench_app.command("stream", epilog=_example("swiftkv bench stream outputs/quickstart/checkpoint --windows 256,1024"))
+def bench_stream(
+    model: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
+    windows: Annotated[str, typer.Option(help="Tokens kept beside the sinks, separated by commas.")] = "256,1024,4096",
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that are kept for ever.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the stream; a dense cache is measured up to it.")
+    ] = 20_000,
+    contenders: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Of re-rotate, re-rotate published, dense, recompute, ours graphed (CUDA), separated by commas; "
+            "default: all."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed tokens of each at each length.")] = 30,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at a time between those that are timed.")] = 64,
+    long: Annotated[int, typer.Option(min=0, help="Also a run of so many tokens with the first window.")] = 0,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """A token of an endless stream: time and memory against dense, recomputing and re-rotating caches."""
+    from swiftkv_train.bench.plots import draw_stream
+    from swiftkv_train.bench.stream import measure
+
+    result = measure(model, windows, sinks, tokens, contenders, repeats, chunk, long)
+    _finish_bench(result, output, as_json, draw_stream)
+
+
+@bench_app.command("relay", epilog=_example("swiftkv bench relay --batch 1,16 --prefix 1024,4096"))
+def bench_relay(
+    batch: Annotated[str, typer.Option(help="Rows that share the prefix, separated by commas.")] = "1,2,4,8,16,32,64",
+    prefix: Annotated[str, typer.Option(help="Its tokens, separated by commas.")] = "64,256,1024,4096,16384",
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens of its own that every row has.")] = 128,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
+    kv_heads: Annotated[int, typer.Option(min=1, help="K/V heads.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 7,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Also measure a whole model, checkpoint or base: first token and decoding."),
+    ] = None,
+    model_batch: Annotated[str, typer.Option(help="Its batches.")] = "1,4,16",
+    model_prefix: Annotated[int, typer.Option(min=1, help="Its shared tokens.")] = 1024,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Attention over a shared prompt against copies of it and against reading it for each request."""
+    from swiftkv_train.bench.plots import draw_relay
+    from swiftkv_train.bench.relay import measure
+
+    result = measure(batch, prefix, suffix, heads, kv_heads, head_dim, dtype, repeats, model, model_batch, model_prefix)
+    _finish_bench(result, output, as_json, draw_relay)
+
+
+@bench_app.command(
+    "decode", epilog=_example("swiftkv bench decode outputs/quickstart/checkpoint --base models/smollm2-135m")
+)
+def bench_decode(
+    checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint.")],
+    base: Annotated[str, typer.Option(help="The model it was made from.")],
+    batch: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1,4,16",
+    context: Annotated[
+        str, typer.Option(help="Tokens before the new one, separated by commas.")
+    ] = "512,1024,2048,4096",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 20,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time of a generated token: checkpoint and base, each with transformers' cache and with sinks + window."""
+    from swiftkv_train.bench.decode import measure
+    from swiftkv_train.bench.plots import draw_decode
+
+    _finish_bench(measure(checkpoint, base, batch, context, repeats), output, as_json, draw_decode)
+
+
+@bench_app.command(
+    "kv-memory",
+    epilog=_example("swiftkv bench kv-memory models/smollm2-135m --data articles=data/demo/articles.test.jsonl"),
+)
+def bench_kv_memory(
+    base: Annotated[str, typer.Argument(help="Base model.")],
+    checkpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Exported checkpoint whose quality to measure as well, with --data."),
+    ] = None,
+    data: Annotated[Optional[list[str]], typer.Option(help="Text to score: NAME=PATH.")] = None,  # noqa: UP045
+    tokens: Annotated[int, typer.Option(min=2, help="Of each text.")] = 16_384,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens scored in one piece.")] = 512,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes that the K/V cache allocates by AcrossKV group and storage format, and what a format costs in quality."""
+    from swiftkv_train.bench.kv_memory import measure
+    from swiftkv_train.bench.plots import draw_kv_memory
+
+    result = measure(base, checkpoint, data, tokens, sequence_length)
+    _finish_bench(result, output, as_json, draw_kv_memory)
 
 
 def _say(text: str) -> None:

@@ -27,7 +27,7 @@ from swiftkv_kernels.kv_quantize import _float16
 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"  # private, but the only one on CPU that gives a log-sum-exp
 BLOCK = 128  # queries
-WORK = 1 << 21  # numbers in a temporary: scores, unpacked keys
+WORK = 1 << 20  # numbers in a temporary: scores, unpacked keys. More would leave the cache
 
 # Added to hidden scores. Not -inf: what the operator then gives a row that sees nothing depends on its version. With
 # this, its log-sum-exp tells.
@@ -246,21 +246,22 @@ def _flash(
     operator = getattr(torch.ops.aten, FLASH)
     mask = None
     if hidden is not None:
-        batch, groups, ratio, length, _ = rows.shape
-        shape = (batch, 1 if change is None else groups, ratio, length, hidden.shape[-1])
-        mask = torch.zeros(shape, dtype=_accumulate(rows), device=rows.device).masked_fill_(hidden, _HIDDEN)
-        if change is not None:
+        _, groups, ratio, _, _ = rows.shape
+        mask = torch.zeros(hidden.shape, dtype=_accumulate(rows), device=rows.device).masked_fill_(hidden, _HIDDEN)
+        if change is None:
+            mask = mask.expand(-1, -1, ratio, -1, -1)
+        else:
+            mask = mask.expand(-1, groups, ratio, -1, -1).contiguous()
             mask[..., : change.shape[-1]].add_(change)
         mask = mask.flatten(2, 3)
     queries = rows.flatten(2, 3)
     if queries.stride(-1) != 1:
         queries = queries.contiguous()  # the operator reads whatever is beside, and does not complain
     output, log_sum_exp = operator(queries, keys.key, keys.value, attn_mask=mask, scale=scaling)
+    output, log_sum_exp = output.view(rows.shape), log_sum_exp.reshape(rows.shape[:-1])
     if hidden is not None and log_sum_exp.min() < _HIDDEN / 2:
-        blind = log_sum_exp < _HIDDEN / 2
-        log_sum_exp = log_sum_exp.masked_fill(blind, float("-inf"))
-        output = output.masked_fill(blind.unsqueeze(-1), 0.0)
-    return output.view(rows.shape), log_sum_exp.reshape(rows.shape[:-1])
+        return _without_blind(output, log_sum_exp)
+    return output, log_sum_exp
 
 
 def _products(
@@ -277,20 +278,25 @@ def _products(
     if change is not None:
         scores[..., : change.shape[-1]].add_(change)
     if hidden is not None:
-        scores.masked_fill_(hidden, float("-inf"))
-    largest = scores.amax(-1, keepdim=True).clamp_min_(_HIDDEN)
-    weights = scores.sub_(largest).exp_()
-    total = weights.sum(-1)
-    log_sum_exp = total.log() + largest.squeeze(-1)
+        scores.masked_fill_(hidden, _HIDDEN)
+    weights = torch.softmax(scores, dim=-1)
+    log_sum_exp = scores.amax(-1) - weights.amax(-1).log_()  # the largest weight is exp(largest score - log-sum-exp)
     if keys.value_scale is not None:
         weights.mul_(keys.value_scale[:, :, None, None])
     weights = weights.to(weight_dtype).flatten(2, 3).flatten(0, 1)
     output = torch.bmm(weights, _unpacked(keys.value, weight_dtype).flatten(0, 1)).view(rows.shape)
-    return output / total.clamp_min_(torch.finfo(dtype).tiny).unsqueeze(-1), log_sum_exp
+    return (output, log_sum_exp) if hidden is None else _without_blind(output, log_sum_exp)
+
+
+def _without_blind(output: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that see nothing have been given a mean of what is hidden from them."""
+    blind = log_sum_exp < _HIDDEN / 2
+    return output.masked_fill(blind.unsqueeze(-1), 0.0), log_sum_exp.masked_fill(blind, float("-inf"))
 
 
 def _unpacked(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    return (_float16(stored) if stored.dtype == torch.float8_e4m3fn else stored).to(dtype)
+    # Through fp32: torch converts fp16 to bf16 one at a time.
+    return (_float16(stored).float() if stored.dtype == torch.float8_e4m3fn else stored).to(dtype)
 
 
 def _accumulate(rows: Tensor) -> torch.dtype:

@@ -290,8 +290,8 @@ def _merge(
     weights = tl.exp(log_sum_exp - tl.where(largest == float("-inf"), 0.0, largest))
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
-    held = (weights > 0)[:, None] & inside[None, :]
-    means = tl.load(partials + place[:, None] * C + channel[None, :], mask=held, other=0.0)
+    means = partials + place[:, None] * C + channel[None, :]
+    means = tl.load(means, mask=written[:, None] & inside[None, :], other=0.0)
     total = tl.sum(weights, axis=0)
     mean = tl.sum(weights[:, None] * means, axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(output + query * C + channel, mean.to(output.dtype.element_ty), mask=inside)

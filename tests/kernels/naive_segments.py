@@ -43,10 +43,10 @@ def make(
     device: str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Every slot at a random position or empty, every query at a random one: of the past, the future, out of the window.
+    """Slots at random positions or empty, queries at random ones: slots are past, future, and out of the window.
 
-    K/V in `storage` (int8 or float8_e4m3fn) have random scales. A prefix of `prefix` slots: one is full, others are not;
-    some rows have none.
+    K/V in `storage` (int8 or float8_e4m3fn) have random scales. Prefixes have `prefix` slots, one is full, others are
+    not; some rows have none.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -106,7 +106,7 @@ def naive_segment_attention(
     """[B, H, T, C] in fp64 on the CPU."""
 
     def exact(stored: Tensor, scale: Tensor | None) -> Tensor:
-        stored = stored.cpu().float().double()
+        stored = stored.cpu().double()
         return stored if scale is None else stored * scale.cpu().double().unsqueeze(-1)
 
     own_keys, own_values = exact(key, key_scale), exact(value, value_scale)

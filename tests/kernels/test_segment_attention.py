@@ -15,8 +15,8 @@ from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention, 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# B, T, own slots, P, pinned, H / G, C: every B of 1, 2, 3, 7, 8, 16, 33; P of 0, 1, 15, 16, 17, 255, 256, 4096; ratio of
-# 1, 3, 4, 8. The first ones are small enough for the interpreter.
+# B, T, own slots, P, pinned, H / G, C: every B of 1, 2, 3, 7, 8, 16, 33 and of 70, of which groups are counted in two
+# goes; P of 0, 1, 15, 16, 17, 255, 256, 4096; ratio of 1, 3, 4, 8. The first are small enough for the interpreter.
 SHAPES = [
     (1, 1, 0, 0, 0, 3, 64),
     (1, 1, 1, 1, 0, 1, 64),
@@ -25,7 +25,7 @@ SHAPES = [
     (7, 1, 5, 16, 1, 8, 24),
     (1, 1, 600, 300, 4, 1, 16),
     (2, 40, 9, 70, 9, 1, 20),
-    (33, 1, 2, 5, 1, 1, 16),
+    (70, 1, 1, 5, 1, 1, 16),
     (2, 1, 5, 16, 0, 8, 128),
     (2, 130, 300, 17, 4, 3, 64),
     (3, 3, 1, 256, 1, 1, 128),
@@ -94,9 +94,19 @@ def test_prefix_in_another_storage_than_the_slots(place, dtype):
     check(quantised.change(prefix=case.options["prefix"]), place)
 
 
-@pytest.mark.parametrize("chunk", [1, 37])
+@pytest.mark.parametrize("length", [1, 3])
+def test_keys_in_many_shares(place, length):
+    """All visible, sinks too, which are one share's only; as the kernel splits slots and prefix."""
+    case = make(2, length, 700, 600, pinned=4, ratio=1, size=16, kv_heads=1, device=place.device)
+    case.tensors[4].fill_(3000)
+    case.options["prefix"].groups.copy_(torch.tensor([1, -1]))
+    check(case.change(window=4000), place)
+    check(case.change(window=4000, prefix=None), place)
+
+
+@pytest.mark.parametrize("chunk", [1, 17])
 def test_stream_through_a_ring(place, chunk):
-    """Tokens in order through sinks and ring as a cache would write them, against a mask over the whole sequence."""
+    """Tokens in order through sinks and ring as a cache writes them, against one mask over the whole sequence."""
     skip_if_interpreted(place, when=chunk == 1)
     sinks, window, total, heads, kv_heads, size = 3, 20, 90, 4, 2, 16
     random = torch.Generator().manual_seed(0)
@@ -109,28 +119,25 @@ def test_stream_through_a_ring(place, chunk):
     outputs = []
     for start in range(0, total, chunk):
         now = torch.arange(start, min(start + chunk, total), dtype=torch.int32, device=place.device)
-        outputs.append(
-            segment_attention(
-                query[:, :, now],
-                torch.cat([ring_key, key[:, :, now]], dim=2),
-                torch.cat([ring_value, value[:, :, now]], dim=2),
-                # Sinks of this chunk are seen in it only as window slots, so the chunk that brings them is short enough.
-                torch.cat([held, now[None]], dim=1),
-                now[None],
-                window=max(window, chunk) if start == 0 else window,
-                pinned=sinks,
-                backend=place.backend,
-            )
+        output = segment_attention(
+            query[:, :, now],
+            torch.cat([ring_key, key[:, :, now]], dim=2),
+            torch.cat([ring_value, value[:, :, now]], dim=2),
+            torch.cat([held, now[None]], dim=1),
+            now[None],
+            window=window,
+            pinned=sinks,
+            backend=place.backend,
         )
+        outputs.append(output.double().cpu())
         for token in now.tolist():
             slot = token if token < sinks else sinks + (token - sinks) % window
             ring_key[:, :, slot], ring_value[:, :, slot], held[0, slot] = key[:, :, token], value[:, :, token], token
-    time = torch.arange(total)
-    reach = torch.where(time < chunk, max(window, chunk), window)[:, None]  # of the first chunk's queries
-    visible = (time[None] <= time[:, None]) & ((time[None] < sinks) | (time[:, None] - time[None] < reach))
+    age = torch.arange(total)[:, None] - torch.arange(total)
+    visible = (age >= 0) & ((torch.arange(total) < sinks) | (age < window))
     exact = (tensor.cpu().double() for tensor in (query, key, value))
     expected = F.scaled_dot_product_attention(*exact, attn_mask=visible, enable_gqa=True)
-    assert (torch.cat(outputs, dim=2).cpu().double() - expected).abs().max() < 1e-5
+    assert (torch.cat(outputs, dim=2) - expected).abs().max() < 1e-5
 
 
 def rotate(states: Tensor, positions: Tensor) -> Tensor:
@@ -142,10 +149,12 @@ def rotate(states: Tensor, positions: Tensor) -> Tensor:
 
 
 def test_two_rotations_are_positions_in_the_cache():
-    """StreamingLLM rotates every key anew, at its place in the cache; here keys stay as they were and the query turns."""
+    """StreamingLLM rotates every key anew, at its place in the cache; here keys stay and the query is turned."""
     sinks, window, now, size = 4, 9, 100_000, 16
     random = torch.Generator().manual_seed(0)
-    query, keys, values = (torch.randn(n, size, generator=random, dtype=FP64) for n in (1, sinks + window, sinks + window))
+    query, keys, values = (
+        torch.randn(n, size, generator=random, dtype=FP64) for n in (1, sinks + window, sinks + window)
+    )
     absolute = torch.cat([torch.arange(sinks), torch.arange(now - window + 1, now + 1)])
     in_cache = torch.arange(sinks + window)
     weights = torch.softmax(rotate(query, in_cache[-1:]) @ rotate(keys, in_cache).T / size**0.5, dim=-1)

@@ -1,0 +1,101 @@
+"""`swiftkv bench decode`: the time of a generated token of a checkpoint and of its base, by batch and context.
+
+Both through transformers' DynamicCache and through a SinkWindowCache whose window is just full: the same number of
+tokens is attended to. Attention of the former is transformers' own sdpa, what a user has without this project, and once
+more with the query heads of a K/V head folded (baselines.py), where transformers' is slow.
+"""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from typing import Any
+
+import torch
+
+from swiftkv_train.bench.baselines import Dense, Ours
+from swiftkv_train.bench.turns import in_turns, numbers_from, this_device
+from swiftkv_train.errors import UserError
+from swiftkv_train.evaluate import environment
+from swiftkv_train.loading import Model, load_model
+from swiftkv_train.progress import Reporter
+
+SINKS = 4
+BASE = "base"  # through transformers alone: what the others are compared with
+CONTENDERS = {  # name -> whether of the checkpoint, and its cache
+    BASE: (False, "transformers"),
+    "base folded": (False, "folded"),
+    "base sinks + window": (False, "ours"),
+    "SwiftKV": (True, "transformers"),
+    "SwiftKV folded": (True, "folded"),
+    "SwiftKV sinks + window": (True, "ours"),
+}
+
+
+@torch.no_grad()
+def measure(checkpoint: str, base: str, batches: str, contexts: str, repeats: int) -> dict[str, Any]:
+    """Seconds of a step of B tokens (medians, taking turns); `speedup`: over the base through transformers alone."""
+    rows_of_batch = numbers_from("--batch", batches, 1, "1,16")
+    lengths = numbers_from("--context", contexts, SINKS + 1, "512,4096")
+    device = this_device()
+    student = load_model(checkpoint, families=("llama_swiftkv",)).to(device)
+    teacher = load_model(base, families=("llama",), dtype=str(student.dtype).removeprefix("torch.")).to(device)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UserError(
+            f"vocabulary mismatch: {checkpoint} has {student.config.vocab_size} tokens, {base} has "
+            f"{teacher.config.vocab_size}; give the base that the checkpoint was made from"
+        )
+    rows = []
+    with Reporter().bar("decode", len(rows_of_batch) * len(lengths), "cells") as advance:
+        for length in lengths:
+            for batch in rows_of_batch:
+                rows.append(_row(student, teacher, batch, length, repeats))
+                advance(1)
+                gc.collect()
+    config = student.config
+    return {
+        "benchmark": "time of a generated token",
+        "command": f"swiftkv bench decode {checkpoint} --base {base} --batch {batches} --context {contexts} "
+        f"--repeats {repeats}",
+        "environment": environment(student),
+        "num_key_value_layers": config.num_key_value_layers,
+        "num_hidden_layers": config.num_hidden_layers,
+        "key_value_group_size": config.key_value_group_size,
+        "sinks": SINKS,
+        "rows": rows,
+        "summary": [_line(row) for row in rows],
+    }
+
+
+def _row(student: Model, teacher: Model, batch: int, context: int, repeats: int) -> dict[str, Any]:
+    token = torch.zeros(batch, 1, dtype=torch.long, device=student.device)
+    works = {}
+    for name, (is_student, kind) in CONTENDERS.items():
+        model = student if is_student else teacher
+        if kind == "ours":
+            ours = Ours(model, window=context - SINKS, attention_sinks=SINKS, batch=batch)
+            ours.fill(context)
+            works[name] = partial(ours.feed, token)
+            continue
+        dense = Dense(model, batch=batch)
+        dense.reach(context)
+        if kind == "transformers":
+            dense.model.config._attn_implementation = "sdpa"
+        works[name] = partial(dense.feed, token)
+    cells = in_turns(works, repeats, token.device, must_run=BASE)
+    for cell in cells.values():
+        if "failed" not in cell:
+            cell["tokens_per_second"] = batch / cell["seconds"]
+            cell["speedup"] = cells[BASE]["seconds"] / cell["seconds"]
+    return {"batch": batch, "context": context, "contenders": cells}
+
+
+def _line(row: dict[str, Any]) -> str:
+    parts = []
+    for name, cell in row["contenders"].items():
+        if "failed" in cell:
+            parts.append(f"{name} not measured ({cell['failed']})")
+            continue
+        beside = f" (x {cell['speedup']:.2f}{', SLOWER' if cell['speedup'] < 1 else ''})" if name != BASE else ""
+        parts.append(f"{name} {cell['seconds'] * 1e3:,.3g} ms{beside}")
+    return f"batch {row['batch']}, {row['context']:,} tokens of context: {'; '.join(parts)}"

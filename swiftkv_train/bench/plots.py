@@ -1,0 +1,151 @@
+"""Plots of the inference benchmarks, beside their JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swiftkv_train.bench.shared_storage import PER_REQUEST, PLAIN
+from swiftkv_train.errors import UserError
+
+COLOURS = {
+    "ours": "#1f77b4",
+    "ours graphed": "#08306b",
+    "dense": "#7a7a7a",
+    "re-rotate": "#d62728",
+    "re-rotate published": "#ff9896",
+    "recompute": "#ff7f0e",
+    "none": "#7a7a7a",
+    "int8": "#1f77b4",
+    "fp8": "#2ca02c",
+}
+MARKERS = "osD^vPX*"
+
+
+def plot(result: dict[str, Any], draw: Callable[[dict[str, Any], Any], Any], output: Path) -> None:
+    """What `draw` makes of a result, as PNG beside its JSON file `output`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = draw(result, pyplot)
+    try:
+        figure.savefig(output.with_suffix(".png"), dpi=140)
+    except OSError as error:
+        raise UserError(f"plot {output.with_suffix('.png')} cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _panels(pyplot: Any, count: int, height: float = 3.6) -> tuple[Any, list[Any]]:
+    figure, grid = pyplot.subplots(1, count, figsize=(4.6 * count, height), layout="constrained", squeeze=False)
+    for axes in grid[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(grid[0])
+
+
+def _doubling(axes: Any, values: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(values)), [f"{value:,}" for value in sorted(set(values))])
+
+
+def draw_stream(result: dict[str, Any], pyplot: Any) -> Any:
+    """Milliseconds of a token over the length of the stream, a panel a window; then the long run."""
+    windows = sorted({row["window"] for row in result["rows"]})
+    figure, panels = _panels(pyplot, len(windows) + (2 if result["long"] else 0))
+    for axes, window in zip(panels, windows, strict=False):
+        rows = [row for row in result["rows"] if row["window"] == window]
+        for name in dict.fromkeys(name for row in rows for name in row["contenders"]):
+            points = [(row["tokens"], row["contenders"].get(name, {}).get("seconds")) for row in rows]
+            known = [(tokens, seconds * 1e3) for tokens, seconds in points if seconds is not None]
+            if known:
+                axes.plot(*zip(*known, strict=True), marker="o", label=name, color=COLOURS.get(name))
+        axes.set(title=f"window {window:,}", xlabel="tokens so far", yscale="log")
+    panels[0].set_ylabel("ms a token")
+    panels[0].legend(frameon=False, fontsize="small")
+    if result["long"]:
+        _draw_long(result["long"], *panels[-2:])
+    return figure
+
+
+def _draw_long(long: dict[str, Any], seconds: Any, memory: Any) -> None:
+    tokens = [point["tokens"] for point in long["points"]]
+    for axes, title, values in (
+        (seconds, "ms a token", [point["seconds_per_token"] * 1e3 for point in long["points"]]),
+        (memory, "resident MiB", [point["resident_bytes"] / 2**20 for point in long["points"]]),
+    ):
+        axes.plot(tokens, values, color=COLOURS["ours"])
+        axes.set(title=f"window {long['window']:,}, {long['chunk']} at a time", xlabel="tokens so far", ylabel=title)
+        axes.set_ylim(0, 1.3 * max(values))
+        axes.locator_params(axis="x", nbins=4)
+
+
+def draw_relay(result: dict[str, Any], pyplot: Any) -> Any:
+    """How many times as fast as the others, over the batch, a line a prefix; dashed: the ceiling."""
+    figure, panels = _panels(pyplot, 2)
+    prefixes = sorted({row["prefix"] for row in result["rows"]})
+    for axes, other in zip(panels, (PLAIN, PER_REQUEST), strict=True):
+        for marker, prefix in zip(MARKERS * len(prefixes), prefixes, strict=False):
+            rows = [row for row in result["rows"] if row["prefix"] == prefix]
+            known = [row for row in rows if "speedup" in row["contenders"][other]]
+            batches = [row["batch"] for row in known]
+            speedups = [row["contenders"][other]["speedup"] for row in known]
+            (line,) = axes.plot(batches, speedups, marker=marker, label=f"{prefix:,} tokens")
+            if other == PLAIN:
+                ceilings = [row["ceiling"] for row in known]
+                axes.plot(batches, ceilings, linestyle="--", linewidth=1, color=line.get_color())
+        axes.axhline(1.0, color="#000000", linewidth=0.8)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        _doubling(axes, [row["batch"] for row in result["rows"]])
+        axes.set(title=f"over {other}", xlabel="batch")
+    panels[0].set_ylabel("times as fast (dashed: ceiling)")
+    panels[0].legend(frameon=False, title="shared prefix")
+    return figure
+
+
+def draw_decode(result: dict[str, Any], pyplot: Any) -> Any:
+    """Milliseconds of a step over the context, a panel a batch."""
+    batches = sorted({row["batch"] for row in result["rows"]})
+    figure, panels = _panels(pyplot, len(batches))
+    for axes, batch in zip(panels, batches, strict=True):
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        for marker, name in zip(MARKERS, rows[0]["contenders"], strict=False):
+            known = [(row["context"], row["contenders"][name].get("seconds")) for row in rows]
+            points = [(context, seconds * 1e3) for context, seconds in known if seconds is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+        axes.set(title=f"batch {batch}", xlabel="tokens of context")
+        _doubling(axes, [row["context"] for row in rows])
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("ms a step")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def draw_kv_memory(result: dict[str, Any], pyplot: Any) -> Any:
+    """Bytes of a token over the base's, by form and storage; KL of the storage formats, if it was measured."""
+    quality = result["quality"]
+    figure, panels = _panels(pyplot, 2 if quality else 1)
+    forms = list(dict.fromkeys((row["num_key_value_layers"], row["key_value_group_size"]) for row in result["rows"]))
+    labels = [f"l={layers}\ng={size}" for layers, size in forms]
+    storages = list(dict.fromkeys(row["quantization"] for row in result["rows"]))
+    for place, storage in enumerate(storages):
+        ratios = [row["ratio"] for row in result["rows"] if row["quantization"] == storage]
+        offsets = [form + 0.27 * (place - 1) for form in range(len(forms))]
+        bars = panels[0].bar(offsets, ratios, 0.25, label=storage, color=COLOURS.get(storage))
+        panels[0].bar_label(bars, fmt="%.2f", fontsize=7)
+    panels[0].set_xticks(range(len(forms)), labels)
+    panels[0].set_ylabel("K/V bytes a token, over the base's")
+    panels[0].legend(frameon=False)
+    if quality:
+        names = [f"{row['source']}\n{row['model']}\n{row['quantization']}" for row in quality]
+        bars = panels[1].bar(
+            names, [row["kl"] for row in quality], color=[COLOURS[row["quantization"]] for row in quality]
+        )
+        panels[1].bar_label(bars, fmt="%.1e", fontsize=7)
+        panels[1].tick_params(axis="x", labelsize=6)
+        panels[1].set_ylabel("KL, nats a token")
+    return figure

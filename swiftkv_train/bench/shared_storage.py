@@ -1,0 +1,169 @@
+"""Attention of one decoding step over a prompt that all rows share, several ways, for `swiftkv bench relay`.
+
+    ours           segment_attention: the prefix stored once and read once
+    plain          a copy of the prefix before every row's own tokens; torch's attention
+    per request    stored once, read for every row: torch's attention over a view that repeats it, merged with that over
+                   the row's own tokens by log-sum-exp. What sharing pages of a paged cache comes to
+    flashinfer     its cascade (MultiLevelCascadeAttentionWrapper), on GPUs where it is installed
+
+On CPU the R query heads of a K/V head are rows of one product for all of them; torch on GPU does that of itself.
+
+    B rows   H query heads   G K/V heads   C head size   P prefix tokens   S own tokens of a row, the newest among them
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
+from swiftkv_kernels.segment_attention_torch import merge_partials
+from swiftkv_train.bench.baselines import folded_attention
+from swiftkv_train.bench.turns import OURS
+
+PLAIN, PER_REQUEST, FLASHINFER = "plain", "per request", "flashinfer"
+PAGE = 16  # tokens
+WORKSPACE_BYTES = 128 << 20  # that FlashInfer asks for
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    prefix: int
+    suffix: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def ceiling(self) -> float:
+        """Bytes of K/V that a step reads without sharing over those with it: what relay attention can gain at most."""
+        return self.batch * (self.prefix + self.suffix) / (self.prefix + self.batch * self.suffix)
+
+    def key_value_bytes(self, tokens: int) -> int:
+        return 2 * tokens * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """One layer's; random."""
+
+    query: Tensor  # [B, H, 1, C]
+    prefix_key: Tensor  # [1, G, P, C]
+    prefix_value: Tensor
+    key: Tensor  # [B, G, S, C]
+    value: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, device: torch.device) -> LayerTensors:
+        def drawn(rows: int, heads: int, tokens: int) -> Tensor:
+            return torch.randn(rows, heads, tokens, shape.head_dim, device=device).to(shape.dtype)
+
+        prefix = [drawn(1, shape.kv_heads, shape.prefix) for _ in range(2)]
+        own = [drawn(shape.batch, shape.kv_heads, shape.suffix) for _ in range(2)]
+        return cls(drawn(shape.batch, shape.heads, 1), *prefix, *own)
+
+
+Attention = Callable[[], Tensor]  # -> [B, H, 1, C]
+
+
+def ours(layer: LayerTensors) -> Attention:
+    (batch, _, suffix, _), prefix, device = layer.key.shape, layer.prefix_key.shape[2], layer.key.device
+    positions = torch.arange(prefix, prefix + suffix, dtype=torch.int32, device=device).repeat(batch, 1)
+    lengths = torch.tensor([prefix], dtype=torch.int32, device=device)
+    groups = torch.zeros(batch, dtype=torch.int32, device=device)
+    segment = PrefixSegment(layer.prefix_key, layer.prefix_value, lengths, groups)
+    tensors = (layer.query, layer.key, layer.value, positions, positions[:, -1:].contiguous())
+    return partial(segment_attention, *tensors, window=suffix, prefix=segment)
+
+
+def plain(layer: LayerTensors) -> Attention:
+    rows = len(layer.key)
+    key = torch.cat([layer.prefix_key.expand(rows, -1, -1, -1), layer.key], dim=2)
+    value = torch.cat([layer.prefix_value.expand(rows, -1, -1, -1), layer.value], dim=2)
+    if layer.key.device.type == "cpu":
+        return partial(folded_attention, layer.query, key, value)
+    return partial(scaled_dot_product_attention, layer.query, key, value, enable_gqa=True)
+
+
+def per_request(layer: LayerTensors) -> Attention:
+    (batch, heads, _, size), kv_heads = layer.query.shape, layer.key.shape[1]
+    query = layer.query.reshape(batch, kv_heads, heads // kv_heads, size)
+    prefix_key, prefix_value = (tensor.expand(batch, -1, -1, -1) for tensor in (layer.prefix_key, layer.prefix_value))
+
+    def attend() -> Tensor:
+        partials = [
+            attention_with_log_sum_exp(query, key, value)
+            for key, value in ((prefix_key, prefix_value), (layer.key, layer.value))
+        ]
+        return merge_partials(*zip(*partials, strict=True))[0].to(query.dtype).reshape(layer.query.shape)
+
+    return attend
+
+
+def attention_with_log_sum_exp(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's attention of query [B, G, R, C] over K and V [B, G, N, C], and its natural log-sum-exp [B, G, R]."""
+    operators: Any = torch.ops.aten
+    if query.device.type == "cpu":
+        return operators._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    if query.dtype == torch.float32:
+        output, log_sum_exp, *_ = operators._scaled_dot_product_efficient_attention(query, key, value, None, True)
+    else:
+        output, log_sum_exp, *_ = operators._scaled_dot_product_flash_attention(query, key, value)
+    return output, log_sum_exp[..., : query.shape[2]]  # some round its length up
+
+
+def flashinfer_is_installed() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def flashinfer(layer: LayerTensors) -> Attention:
+    from flashinfer import MultiLevelCascadeAttentionWrapper
+
+    (batch, heads, _, size), (_, kv_heads, suffix, _) = layer.query.shape, layer.key.shape
+    prefix, device = layer.prefix_key.shape[2], layer.key.device
+    shared, own = -(-prefix // PAGE), -(-suffix // PAGE)  # pages
+    pages = torch.zeros(shared + batch * own, 2, PAGE, kv_heads, size, dtype=layer.key.dtype, device=device)
+    for place, (prefix_states, states) in enumerate(((layer.prefix_key, layer.key), (layer.prefix_value, layer.value))):
+        pages[:shared, place].view(-1, kv_heads, size)[:prefix] = prefix_states[0].transpose(0, 1)
+        own_pages = pages[shared:, place].reshape(batch, own * PAGE, kv_heads, size)
+        own_pages[:, :suffix] = states.transpose(1, 2)
+        pages[shared:, place] = own_pages.view(-1, PAGE, kv_heads, size)
+
+    def integers(numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    wrapper = MultiLevelCascadeAttentionWrapper(
+        2, torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD"
+    )
+    wrapper.plan(
+        [integers([0, batch]), integers(range(batch + 1))],
+        [integers([0, shared]), integers(range(0, batch * own + 1, own))],
+        [integers(range(shared)), integers(range(shared, shared + batch * own))],
+        [integers([(prefix - 1) % PAGE + 1]), integers([(suffix - 1) % PAGE + 1] * batch)],
+        heads,
+        kv_heads,
+        size,
+        PAGE,
+        sm_scale=1 / math.sqrt(size),
+        q_data_type=layer.query.dtype,
+    )
+    query = layer.query.squeeze(2).contiguous()
+    return lambda: wrapper.run(query, pages).unsqueeze(2)
+
+
+WAYS: dict[str, Callable[[LayerTensors], Attention]] = {
+    OURS: ours,
+    PLAIN: plain,
+    PER_REQUEST: per_request,
+    FLASHINFER: flashinfer,
+}

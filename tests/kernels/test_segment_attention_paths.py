@@ -1,0 +1,293 @@
+"""Which path segment_attention takes, what that path computes and holds, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+from naive_segments import BF16, FP8, FP16, FP32, FP64, INT8, assert_close, make, naive_segment_attention
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swiftkv_kernels import segment_attention_torch as torch_path
+from swiftkv_kernels import segment_attention_triton as triton_path
+from swiftkv_kernels.segment_attention import segment_attention, segment_attention_backend
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FLASH = torch_path.FLASH
+
+
+class Watch(TorchDispatchMode):
+    """Operators called, the shapes that attention's queries had, and the numbers of the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.queries: list[tuple[int, ...]] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append(function.overloadpacket.__name__)
+        if self.calls[-1] == FLASH:
+            self.queries.append(tuple(args[0].shape))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+@pytest.mark.parametrize("how", ["missing", "other arguments", "refuses", "works"])
+def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
+    called = []
+
+    def refuse(*args, **kwargs):
+        called.append(args)
+        raise RuntimeError("not for these tensors")
+
+    if how == "missing":
+        monkeypatch.setattr(torch_path, "FLASH", "_no_such_operator")
+    elif how == "other arguments":
+        monkeypatch.setattr(torch_path, "FLASH", "_softmax")  # which takes other ones, and says so as torch does
+    elif how == "refuses":
+        monkeypatch.setattr(torch.ops.aten, FLASH, refuse)
+    for shape in ((3, 1, 20, 15), (2, 30, 9, 40)):
+        case = make(*shape, pinned=4, dtype=dtype)
+        with Watch() as watch:
+            found = case(segment_attention)
+        assert_close(found, case(naive_segment_attention), case, "cpu")
+        assert (FLASH in watch.calls) == (how == "works")
+    assert bool(called) == (how == "refuses")
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_products_where_bf16_has_matrix_units(monkeypatch, units, dtype):
+    """For many rows only; the setting that puts fp32 products of bf16 numbers there is restored."""
+    monkeypatch.setattr(torch_path, "_has_matrix_units", lambda: units)
+    settings = torch.backends.mkldnn.matmul.fp32_precision
+    for length, many in ((1, False), (200, True)):
+        case = make(1, length, 40, pinned=4, prefixes=0, dtype=dtype)
+        with Watch() as watch:
+            found = case(segment_attention)
+        assert_close(found, case(naive_segment_attention), case, "cpu")
+        assert (FLASH not in watch.calls) == (units and many and dtype == BF16)
+    assert torch.backends.mkldnn.matmul.fp32_precision == settings
+
+
+def test_a_prefix_is_read_once_for_all_rows_of_its_group():
+    case = make(6, 1, 9, 50, prefixes=3, ratio=4)
+    case.options["prefix"].groups.copy_(torch.tensor([2, 0, 2, -1, 2, 0]))
+    case.options["prefix"].lengths.copy_(torch.tensor([50, 50, 50]))
+    with Watch() as watch:
+        case(segment_attention)
+    size = case.tensors[0].shape[3]
+    own, *shared = watch.queries
+    assert own == (6, 2, 4, size)
+    assert sorted(shared) == [(1, 2, 2 * 4, size), (1, 2, 3 * 4, size)]  # groups 0 and 2: rows x query heads
+
+
+@pytest.mark.parametrize(("options", "limit"), [({}, 24), ({"pinned": 4}, 42)])
+def test_a_decoding_step_is_few_operations(options, limit):
+    case = make(1, 1, 50, prefixes=0, **options)
+    with Watch() as watch:
+        case(segment_attention)
+    assert len(watch.calls) <= limit, watch.calls
+    assert watch.calls.count(FLASH) == 1
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [(FP32, None), (BF16, None), (BF16, INT8), (BF16, FP8)])
+def test_no_tensor_of_all_scores(monkeypatch, dtype, storage):
+    """A long prompt: one block's at most, beside copies of inputs. And a large batch does not unpack all its slots."""
+    work = 1 << 15
+    monkeypatch.setattr(torch_path, "WORK", work)
+    case = make(2, 512, 700, 100, pinned=4, ratio=2, size=16, dtype=dtype, storage=storage)
+    with Watch() as watch:
+        found = case(segment_attention)
+    scores = 2 * 2 * 512 * 700  # of a row
+    inputs = max(tensor.numel() for tensor in case.tensors)
+    # 16 queries at a time, whatever the number of keys, and every block's output.
+    assert watch.largest <= max(2 * inputs, 2 * 2 * 16 * 700) < scores / 10
+    assert_close(found, case(naive_segment_attention), case, "cpu")
+    if storage is not None:
+        decode = make(16, 1, 120, pinned=4, size=64, prefixes=0, dtype=dtype, storage=storage)
+        with Watch() as watch:
+            decode(segment_attention)
+        assert watch.largest <= work < decode.tensors[1].numel()
+
+
+def test_no_backward_pass():
+    case = make(2, 1, 5, pinned=1, prefixes=0)
+    query, *rest = case.tensors
+    with pytest.raises(ValueError, match="no_grad"):
+        segment_attention(query.clone().requires_grad_(), *rest, window=5)
+    with torch.no_grad():
+        segment_attention(query.clone().requires_grad_(), *rest, window=5)
+    assert not case(segment_attention).requires_grad
+
+
+def test_bad_arguments_name_what_is_wrong():
+    case = make(3, 2, 6, 5, pinned=2, dtype=BF16)
+    (query, key, value, held, asked), options = case
+    prefix = options["prefix"]
+    packed = key.float().to(INT8)
+    scale = torch.ones(3, 2, 6)
+    for tensors, changes, message in [
+        ((query[0], key, value, held, asked), {}, "query must be floating"),
+        ((query.int(), key, value, held, asked), {}, "query must be floating"),
+        ((query[:, :5], key, value, held, asked), {}, "key must be .* H a multiple of G"),
+        ((query[..., :8], key, value, held, asked), {}, "key must be"),
+        ((query[:2], key, value, held, asked), {}, "batch of query, 2, not 3"),
+        ((query, key, value[:, :, :5], held, asked), {}, "value must be like key"),
+        ((query, key, value.float(), held, asked), {}, "value must be like key"),
+        ((query, key.float(), value.float(), held, asked), {}, r"key must be torch\.bfloat16"),
+        ((query, key.mT.contiguous().mT, value, held, asked), {}, "contiguous in their last dimension"),
+        ((query, key.to("meta"), value, held, asked), {}, "on cpu"),
+        ((query, key, value, held.long(), asked), {}, r"key_positions must be torch\.int32 \(3, 6\)"),
+        ((query, key, value, held[:, :5], asked), {}, "key_positions"),
+        ((query, key, value, held, asked[:, :1]), {}, "query_positions"),
+        ((query, packed, packed, held, asked), {}, "needs key_scale"),
+        ((query, packed, packed, held, asked), {"key_scale": scale}, "needs value_scale"),
+        ((query, packed, packed, held, asked), {"key_scale": scale[:2], "value_scale": scale}, "key_scale must be"),
+        ((query, key, value, held, asked), {"key_scale": scale, "value_scale": scale}, "not for torch.bfloat16"),
+        (case.tensors, {"window": 0}, "window"),
+        (case.tensors, {"window": 2**31}, "window"),
+        (case.tensors, {"pinned": 7}, "pinned must be between 0 and the 6 slots"),
+        (case.tensors, {"pinned": -1}, "pinned"),
+        (case.tensors, {"pinned_query": query.float()}, "pinned_query"),
+        (case.tensors, {"pinned_query": query[:, :, :1]}, "pinned_query"),
+        (case.tensors, {"prefix": prefix._replace(lengths=prefix.lengths[:1])}, r"prefix\.lengths"),
+        (case.tensors, {"prefix": prefix._replace(groups=prefix.groups.long())}, r"prefix\.groups"),
+        (
+            case.tensors,
+            {"prefix": prefix._replace(value=prefix.key[:, :, :2])},
+            r"prefix\.value must be like prefix\.key",
+        ),
+        (case.tensors, {"prefix": prefix._replace(key_scale=scale)}, r"prefix\.key_scale"),
+        (
+            case.tensors,
+            {"prefix": prefix._replace(key=prefix.key[:, :1], value=prefix.value[:, :1])},
+            r"prefix\.key must have the K/V heads of key",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            segment_attention(*tensors, **{**options, **changes})
+
+
+def test_nothing_asked():
+    no_queries = make(2, 0, 5, 3)
+    assert no_queries(segment_attention).shape == no_queries.tensors[0].shape
+    no_rows = [tensor[:0] for tensor in make(2, 1, 5, prefixes=0).tensors]
+    assert segment_attention(*no_rows, window=5).shape == no_rows[0].shape
+
+
+def test_backend_by_device(monkeypatch):
+    assert segment_attention_backend("cpu") == "cpu"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert segment_attention_backend("cuda:1") == "triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert segment_attention_backend(torch.device("cuda")) == "torch"
+    assert segment_attention_backend("mps") == "torch"
+
+
+def test_forced_backend(monkeypatch):
+    case = make(2, 1, 5, 5, pinned=1)
+    assert torch.equal(case(segment_attention, backend="torch"), case(segment_attention))
+    with pytest.raises(ValueError, match="'cuda'"):
+        case(segment_attention, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        case(segment_attention, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="fp64"):
+        make(2, 1, 5, 5, dtype=FP64)(segment_attention, backend="triton")
+    monkeypatch.setattr(triton_path, "_kernels", triton_path._kernels.__wrapped__)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"swiftkv-train\[triton\]"):
+        case(segment_attention, backend="triton")
+
+
+def test_triton_kernels_in_a_child_process(run_interpreted):
+    assert run_interpreted(os.path.join(os.path.dirname(__file__), "test_segment_attention.py")) > 50
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("stored", ["bf16", "u8"])
+def test_kernels_compile_for_a_gpu(capability, stored):
+    """Types are checked by the compiler only: the interpreter takes what it refuses. Sizes of 1 are constants there."""
+    triton = pytest.importorskip("triton")
+    compiler = pytest.importorskip("triton.backends.compiler")
+    own_slots, prefixes, merge = triton_path._kernels()
+    pointers = {"key": stored, "value": stored, "key_scale": "fp32", "value_scale": "fp32", "output": "bf16"}
+    pointers |= {"query": "bf16", "pinned_query": "bf16", "partials": "fp32", "log_sum_exps": "fp32"}
+    pointers |= dict.fromkeys(("positions", "query_positions", "lengths", "group_of_row"), "i32")
+    tile = {"R": 3, "C": 64, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_C": 64, "UPCAST": False}
+    own, prefix = {"G": 3, "PINNED": 4, **tile}, {"OWN_PARTS": 2, "BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
+    ones = dict.fromkeys(("batch", "length", "count", "scale_n", "positions_n", "queries_of_row"), 1)
+    for kernel, constants in [
+        (own_slots, own),
+        (own_slots, {**own, **ones, "PINNED": 0}),
+        (prefixes, prefix),
+        (prefixes, {**prefix, **ones}),
+        (merge, {"OWN_PARTS": 2, "PARTS": 5, "BLOCK_PARTS": 8, "C": 80, "BLOCK_C": 128}),
+        (merge, {"OWN_PARTS": 2, "PARTS": 2, "BLOCK_PARTS": 2, "C": 64, "BLOCK_C": 64, **ones}),
+    ]:
+        names = kernel.arg_names
+        constants = {name: value for name, value in constants.items() if name in names}
+        types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
+        types |= {"scaling": "fp32"} if "scaling" in names else {}
+        types |= dict.fromkeys(constants, "constexpr")
+        source = triton.compiler.ASTSource(
+            fn=kernel, signature=types, constexprs={(names.index(name),): value for name, value in constants.items()}
+        )
+        compiled = triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32))
+        assert "cubin" in compiled.asm
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [None, INT8])
+def test_a_captured_graph_follows_positions_lengths_and_groups(storage):
+    options = {"pinned": 4, "ratio": 4, "prefixes": 3, "dtype": BF16, "storage": storage, "device": "cuda"}
+    case = make(9, 1, 300, 600, **options)
+    case(segment_attention)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = case(segment_attention)
+    for seed in range(1, 4):
+        other = make(9, 1, 300, 600, **options, seed=seed)
+        for tensor, new in zip(case.tensors, other.tensors, strict=True):
+            tensor.copy_(new)
+        case.options["pinned_query"].copy_(other.options["pinned_query"])
+        pairs = [(case.options[name], other.options[name]) for name in ("key_scale", "value_scale")]
+        pairs += list(zip(case.options["prefix"], other.options["prefix"], strict=True))
+        for tensor, new in pairs:
+            if tensor is not None:
+                tensor.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(found, other(naive_segment_attention), other, "triton")
+
+
+@pytest.mark.gpu
+def test_nothing_is_read_back_from_the_gpu():
+    case = make(9, 1, 300, 600, pinned=4, dtype=BF16, device="cuda")
+    case(segment_attention)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case(segment_attention)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("length", "slots", "prefix"), [(1, 16384, 32768), (2048, 6144, 4096)])
+def test_native_kernels_at_full_size(length, slots, prefix):
+    """Llama-3-8B's heads; the torch path on the same GPU is the other side (bf16: 2 x 3 roundings of V near 5)."""
+    case = make(4, length, slots, prefix, pinned=4, kv_heads=8, ratio=4, size=128, dtype=BF16, device="cuda")
+    found, expected = (case(segment_attention, backend=backend) for backend in ("triton", "torch"))
+    assert (found.float() - expected.float()).abs().max() < 6 * 2**-9 * 6
