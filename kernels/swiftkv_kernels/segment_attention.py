@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def segment_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     query_positions: Tensor,
     *,
     window: int,
@@ -64,7 +65,8 @@ def segment_attention(
 
     key and value may be strided views (contiguous in their last dimension), in the query's dtype, or int8 or
     float8_e4m3fn with key_scale and value_scale [B, G, N] fp32, one per token and K/V head. What empty slots hold must
-    be finite. Positions, lengths and groups are int32; `pinned_query` None is `query`, `scaling` None 1 / sqrt(C).
+    be finite. Positions, lengths and groups are int32; `pinned_query` None is `query`, `scaling` None 1 / sqrt(C), and
+    `key_positions` None lets a single query see all slots.
 
     backend 'cpu', 'torch' or 'triton' overrules `segment_attention_backend`. Under 'triton' positions, lengths and
     groups are read by the device alone: launches depend on shapes only, and a CUDA graph may replay them. Raises
@@ -81,7 +83,9 @@ def segment_attention(
     triton = _resolve_backend(backend, query) == "triton"
     if query.numel() == 0:
         return torch.empty_like(query)
-    path = segment_attention_triton if triton else segment_attention_torch
+    if key_positions is None and triton:
+        key_positions = query_positions.expand(-1, key.shape[2])  # where all is visible
+    path: Callable[..., Tensor] = segment_attention_triton if triton else segment_attention_torch
     return path(
         query,
         key,
@@ -113,7 +117,7 @@ def segment_attention_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     query_positions: Tensor,
     *,
     window: int,
@@ -140,6 +144,8 @@ def segment_attention_reference(
     keys, values = heads(key, key_scale), heads(value, value_scale)
     is_pinned = torch.arange(key.shape[2], device=key.device) < pinned
     scores = torch.where(is_pinned, pinned_queries @ keys.transpose(2, 3), queries @ keys.transpose(2, 3))
+    if key_positions is None:
+        key_positions = query_positions.expand(-1, key.shape[2])
     age = query_positions.unsqueeze(2) - key_positions.unsqueeze(1)
     visible = (key_positions.unsqueeze(1) >= 0) & (age >= 0) & (is_pinned | (age < window))
     if prefix is not None and prefix.key.shape[0]:
@@ -191,7 +197,7 @@ def _check_own(
     query: Tensor,
     pinned_query: Tensor | None,
     key: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     query_positions: Tensor,
     window: int,
     pinned: int,
@@ -199,7 +205,10 @@ def _check_own(
     (batch, _, length, _), slots = query.shape, key.shape[2]
     if key.shape[0] != batch:
         raise ValueError(f"key must have the batch of query, {batch}, not {key.shape[0]}")
-    _check_tensor("key_positions", key_positions, torch.int32, (batch, slots), query)
+    if key_positions is not None:
+        _check_tensor("key_positions", key_positions, torch.int32, (batch, slots), query)
+    elif length != 1:
+        raise ValueError(f"key_positions may be None for one query, not for {length}")
     _check_tensor("query_positions", query_positions, torch.int32, (batch, length), query)
     if pinned_query is not None:
         _check_tensor("pinned_query", pinned_query, query.dtype, query.shape, query)

@@ -39,23 +39,26 @@ class _Keys(NamedTuple):
 
     key: Tensor
     value: Tensor
-    positions: Tensor
+    positions: Tensor | None  # None: a single query sees them all
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
 
     def rows(self, part: slice) -> _Keys:
         scales = (None if scale is None else scale[part] for scale in self[3:])
-        return _Keys(self.key[part], self.value[part], self.positions[part], *scales)
+        positions = None if self.positions is None else self.positions[part]
+        return _Keys(self.key[part], self.value[part], positions, *scales)
 
     def slots(self, start: int, stop: int) -> _Keys:
         if (start, stop) == (0, self.key.shape[2]):
             return self
         part = slice(start, stop)
         scales = (None if scale is None else scale[:, :, part] for scale in self[3:])
-        return _Keys(self.key[:, :, part], self.value[:, :, part], self.positions[:, part], *scales)
+        positions = None if self.positions is None else self.positions[:, part]
+        return _Keys(self.key[:, :, part], self.value[:, :, part], positions, *scales)
 
     def sorted(self) -> _Keys:
         """One row's, by position: empty slots first."""
+        assert self.positions is not None
         positions, order = self.positions[0].sort()
         scales = (None if scale is None else scale.index_select(2, order) for scale in self[3:])
         return _Keys(self.key.index_select(2, order), self.value.index_select(2, order), positions[None], *scales)
@@ -65,7 +68,7 @@ def segment_attention_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     query_positions: Tensor,
     *,
     window: int,
@@ -84,7 +87,7 @@ def segment_attention_torch(
     pinned_rows = rows if pinned_query is None else pinned_query.reshape(shape)
     own = _Keys(key, value, key_positions, key_scale, value_scale)
     if length == 1 or batch * heads * length * slots <= WORK:
-        hidden = _hidden(query_positions, key_positions, window, pinned)
+        hidden = None if key_positions is None else _hidden(query_positions, key_positions, window, pinned)
         change = None if pinned_query is None or pinned == 0 else _change(rows, pinned_rows, own, pinned, scaling)
         partials = [_at_once(rows, own, hidden, change, scaling)]
     else:
@@ -135,7 +138,9 @@ def _change(rows: Tensor, pinned_rows: Tensor, keys: _Keys, pinned: int, scaling
     return change.mul_(scaling).view(*rows.shape[:-1], pinned)
 
 
-def _at_once(rows: Tensor, keys: _Keys, hidden: Tensor, change: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+def _at_once(
+    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     """All rows of the batch; where K/V have to be unpacked, a few at a time."""
     size = len(rows) if keys.key_scale is None else max(1, WORK // max(1, keys.key[0].numel()))
     if size >= len(rows):
@@ -143,8 +148,8 @@ def _at_once(rows: Tensor, keys: _Keys, hidden: Tensor, change: Tensor | None, s
     partials = []
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        part_change = None if change is None else change[part]
-        partials.append(_attend(rows[part], keys.rows(part), hidden[part], part_change, scaling))
+        part_hidden, part_change = (None if tensor is None else tensor[part] for tensor in (hidden, change))
+        partials.append(_attend(rows[part], keys.rows(part), part_hidden, part_change, scaling))
     return _joined(partials, dim=0)
 
 
@@ -155,6 +160,7 @@ def _row_by_row(
     for index in range(len(rows)):
         row = slice(index, index + 1)
         its_keys = keys.rows(row).sorted()
+        assert its_keys.positions is not None
         held = its_keys.positions[0].tolist()
         partials.append(_in_blocks(rows[row], its_keys, held, query_positions[row], window, scaling))
     return _joined(partials, dim=0)
@@ -175,8 +181,10 @@ def _in_blocks(
         some, every, every_end, some_end = (bisect_right(held, bound) for bound in (some, every, first, last))
         seen = keys.slots(some, max(some, some_end))
         part = slice(start, start + size)
-        all_alike = (some, some_end) == (every, every_end)
-        hidden = None if all_alike else _hidden(query_positions[:, part], seen.positions, window)
+        hidden = None
+        if (some, some_end) != (every, every_end):
+            assert seen.positions is not None
+            hidden = _hidden(query_positions[:, part], seen.positions, window)
         partials.append(_attend(rows[..., part, :], seen, hidden, None, scaling))
     return _joined(partials, dim=3)
 
@@ -198,7 +206,8 @@ def _prefix(
     partials = []
     for group, its_rows in members.items():
         # A row without prefix sees no key of the first.
-        index, count = (group, min(counts[group], key.shape[2])) if 0 <= group < len(counts) else (0, 0)
+        index, count = (group, counts[group]) if 0 <= group < len(counts) else (0, 0)
+        count = max(0, min(count, key.shape[2]))
         keys = stored.rows(slice(index, index + 1)).slots(0, count)
         queries = _selected(rows, its_rows).permute(1, 2, 0, 3, 4).flatten(2, 3)[None]
         its_positions = _selected(query_positions, its_rows).reshape(1, -1)
@@ -245,9 +254,11 @@ def _flash(
 ) -> tuple[Tensor, Tensor]:
     operator = getattr(torch.ops.aten, FLASH)
     mask = None
-    if hidden is not None:
-        _, groups, ratio, _, _ = rows.shape
-        mask = torch.zeros(hidden.shape, dtype=_accumulate(rows), device=rows.device).masked_fill_(hidden, _HIDDEN)
+    if hidden is not None or change is not None:
+        batch, groups, ratio, length, _ = rows.shape
+        mask = torch.zeros(batch, 1, 1, length, keys.key.shape[2], dtype=_accumulate(rows), device=rows.device)
+        if hidden is not None:
+            mask.masked_fill_(hidden, _HIDDEN)
         if change is None:
             mask = mask.expand(-1, -1, ratio, -1, -1)
         else:
@@ -267,7 +278,7 @@ def _flash(
 def _products(
     rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Scales multiply scores and weights: unpacked K/V are exact in bf16, and rounded by nothing."""
+    """Scales multiply scores and weights, fp32 both: packed K/V are exact in bf16 without them."""
     dtype = _accumulate(rows)
     # fp16 would lose weights that a small scale makes smaller still.
     weight_dtype = rows.dtype if rows.dtype == torch.bfloat16 else dtype

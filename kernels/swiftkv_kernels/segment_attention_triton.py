@@ -56,7 +56,8 @@ def segment_attention_triton(
     if prefix is not None:
         # Of every group the last block may be incomplete.
         blocks = (batch * rows + min(len(prefix[0]), batch) * (prefix_block - 1)) // prefix_block
-        prefix_grid = (blocks, groups, _parts(prefix[0].shape[2], blocks * groups, query.device))
+        least_blocks = -(-batch * rows // prefix_block)  # with one group, as most often
+        prefix_grid = (blocks, groups, _parts(prefix[0].shape[2], least_blocks * groups, query.device))
     parts = own_parts + prefix_grid[2]
 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)

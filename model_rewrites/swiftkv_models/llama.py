@@ -269,9 +269,8 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         else:
             states, shared = self.norm_swiftkv(hidden_states), SharedKeyValues()
             hidden_states = hidden_states[:, trunk.first_kept :]
-            if isinstance(trunk.past_key_values, SinkWindowCache):
-                queries = hidden_states.shape[1]
-                self._fill_slots(trunk.past_key_values, states, trunk.position_embeddings, shared, queries)
+            if isinstance(trunk.past_key_values, SinkWindowCache) and hidden_states.shape[1] == 1:
+                self._fill_slots(trunk.past_key_values, states, trunk.position_embeddings, shared)
             arguments |= {
                 "attention_mask": trunk.tail_attention_mask,
                 "position_ids": trunk.position_ids[:, trunk.first_kept :],
@@ -291,19 +290,15 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         shared: SharedKeyValues,
-        queries: int,
     ) -> None:
         """K and V of the whole tail in one product into the cache's slots, where a single query then finds them."""
         attentions: list[Any] = [layer.self_attn for layer in self.layers[self.config.num_key_value_layers :]]
         leaders = [attention for attention in attentions if attention.leader_idx == attention.layer_idx]
         if self._tail_projection is None or not self._tail_projection.current:
             self._tail_projection = TailProjection.stack(leaders)
-        if self._tail_projection is None or torch.is_grad_enabled():
+        if self._tail_projection is None or cache.storage is None or torch.is_grad_enabled():
             return
-        cache.allocate_tail(leaders[0].cache_idx, states, leaders[0].head_dim, len(self._tail_projection.weight))
-        if queries > 1 or cache.tail_slots is None:
-            return
-        self._tail_projection.write(cache, states, position_embeddings)
+        self._tail_projection.write(cache, leaders[0].cache_idx, states, position_embeddings)
         for leader in leaders:
             key_values = KeyValues(cache.segments[leader.cache_idx])
             shared.by_leader[leader.layer_idx] = key_values, key_values

@@ -25,10 +25,11 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from swiftkv_models.rope import inverse_frequencies, rotation
-from swiftkv_models.segment_layer import KeyValues, SegmentLayer, use_segment_attention
-from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes
+from swiftkv_models.rope import inverse_frequencies, rotate, rotation
+from swiftkv_models.segment_layer import Held, KeyValues, SegmentLayer, use_segment_attention
+from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, sharing_pays
 
+MOST_TURNED = 64  # sinks
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -38,7 +39,8 @@ class Step:
 
     positions: torch.Tensor  # [B, T] int32, absolute; -1: not kept (padding, or in the shared prefix already)
     slots: torch.Tensor  # [B, T] int64; -1: not kept, or pushed out of the window before the step ends
-    rotation: tuple[torch.Tensor, torch.Tensor] | None  # cos, sin [B, T, C] from absolute to cache positions
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [B, T, C] from absolute to cache positions
+    all_visible: bool = False  # the query sees all that the used slots hold (known on CPU only, where looking is free)
     # Of steps of several tokens only:
     first: bool = False  # nothing was cached before
     plain: bool = False  # causal attention among the step's own tokens is all there is to it
@@ -59,7 +61,8 @@ class SinkWindowCache(Cache):
         window: W, tokens kept beside the sinks.
         attention_sinks: S, first tokens that are kept for ever; 0 shows why they are there.
         prefixes: shared prompts. Rows of `input_ids` [B, T] that begin with one, by token ids, use it; others have
-            sinks of their own. `attention_mask` [B, T] tells left padding.
+            sinks of their own. `attention_mask` [B, T] tells left padding. Where sharing would not pay (one row,
+            short prefixes on CPU: `sharing_pays`) the prefix is copied into the rows instead; `shared_rows` is then 0.
         quantization: 'int8' or 'fp8' (e4m3): K and V in 8 bits, with a scale per token and head.
 
     Raises:
@@ -84,7 +87,7 @@ class SinkWindowCache(Cache):
             )
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
-        self.window, self.attention_sinks, self.num_slots = window, attention_sinks, attention_sinks + window
+        self.window, self.attention_sinks = window, attention_sinks
         self.quantized_dtype = None if quantization is None else QUANTIZATIONS[quantization]
         self.inverse_frequencies = inverse_frequencies(config, type(self).__name__)
         count = getattr(config, "num_cached_layers", config.num_hidden_layers)
@@ -98,13 +101,14 @@ class SinkWindowCache(Cache):
         self.pinned: Any = None  # [B] int64, how many first tokens stay: the sinks, or the prefix
         self.positions: Any = None  # [B, N + 1] int32, of every slot; -1: empty. The last slot takes what is dropped
         self.row_indices: Any = None  # [B] int64
-        self.tail_slots: Any = (
-            None  # of SwiftKV's tail, [L, B, G, N + 1, C] and scales: one tensor, the layers' are views
-        )
+        # K, V [L, B, G, N + 1, C] and scales of all L layers, whose own are views; None if they are on several devices
+        self.storage: Held | None = None
+        self.sinks: torch.Tensor | None = None  # [L, B, G, S, C], the sinks' keys while they are turned in their slots
 
         self.prefixes = [prefixes] if isinstance(prefixes, SharedPrefix) else list(prefixes)
         self.prefix_groups: Any = None  # [B] int32, -1: none
         self.prefix_lengths: Any = None  # [M] int32
+        self.copied_prefix: SharedPrefix | None = None
         self.least_pinned = attention_sinks
         if self.prefixes:
             self._assign_prefixes(input_ids, attention_mask)
@@ -118,11 +122,25 @@ class SinkWindowCache(Cache):
             raise ValueError(f"a prefix of {shortest} tokens cannot stand for {self.attention_sinks} attention_sinks")
         groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
         self.columns = self.first_column
-        if (groups >= 0).any():
-            self.prefix_groups = groups
-            self.prefix_lengths = torch.tensor([len(prefix) for prefix in self.prefixes], dtype=torch.int32)
-            if (groups >= 0).all():
-                self.least_pinned = shortest
+        if (groups < 0).all():
+            return
+        prefix = self.prefixes[int(groups[0])]
+        if (groups == groups[0]).all() and not self._sharing_pays(prefix, len(groups)):
+            self.copied_prefix, self.attention_sinks, self.least_pinned = prefix, len(prefix), len(prefix)
+            return
+        self.prefix_groups = groups
+        self.prefix_lengths = torch.tensor([len(prefix) for prefix in self.prefixes], dtype=torch.int32)
+        if (groups >= 0).all():
+            self.attention_sinks, self.least_pinned = 0, shortest  # no row needs slots for its own
+
+    def _sharing_pays(self, prefix: SharedPrefix, rows: int) -> bool:
+        keys = prefix.keys[0]
+        dtype = self.quantized_dtype or keys.dtype
+        return sharing_pays(rows, len(prefix), keys.shape[0] * keys.shape[-1] * dtype.itemsize, keys.device)
+
+    @property
+    def num_slots(self) -> int:
+        return self.attention_sinks + self.window
 
     @property
     def shared_rows(self) -> int:
@@ -132,8 +150,7 @@ class SinkWindowCache(Cache):
     @property
     def used_slots(self) -> int:
         """The first slots of the N, beyond which all are empty: N, once a window has gone by."""
-        used = self.attention_sinks + self.columns - self.first_column
-        return self.num_slots if used >= self.num_slots else min(self.num_slots, -(-used // 64) * 64)
+        return min(self.num_slots, self.attention_sinks + self.columns - self.first_column)
 
     @property
     def nbytes(self) -> int:
@@ -143,9 +160,7 @@ class SinkWindowCache(Cache):
             tensors.append(self.positions)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def allocate(
-        self, leading: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def allocate(self, leading: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device) -> Held:
         """Slots of K and V [*leading, N + 1, size], and their scales."""
         shape = (*leading, self.num_slots + 1)
         keys, values = (torch.zeros(*shape, size, dtype=self.quantized_dtype or dtype, device=device) for _ in range(2))
@@ -154,18 +169,15 @@ class SinkWindowCache(Cache):
         key_scale, value_scale = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         return keys, values, key_scale, value_scale
 
-    def allocate_tail(self, first: int, states: torch.Tensor, size: int, outputs: int) -> None:
-        """The slots of all layers from `first` on in one tensor, so that one product with `outputs` columns fills them.
-
-        states [B, T, D] tell dtype and device, `size` is C.
-        """
-        layers = self.segments[first:]
-        if self.tail_slots is not None or layers[0].is_initialized:
+    def allocate_layers(self, states: torch.Tensor, heads: int, size: int) -> None:
+        """The slots of all layers in one tensor, for K and V of G `heads` of `size` C, in states' [B, ...] dtype."""
+        if self.storage is not None or self.segments[0].is_initialized:
             return
-        leading = (len(layers), len(states), outputs // (2 * len(layers) * size))
-        self.tail_slots = self.allocate(leading, size, states.dtype, states.device)
-        for index, layer in enumerate(layers):
-            layer.take(*(None if tensor is None else tensor[index] for tensor in self.tail_slots))
+        leading = (len(self.segments), len(states), heads)
+        self.storage = self.allocate(leading, size, states.dtype, states.device)
+        for index, layer in enumerate(self.segments):
+            keys, values, key_scale, value_scale = (None if part is None else part[index] for part in self.storage)
+            layer.take(keys, values, key_scale, value_scale)
 
     def start(self, batch: int, device: torch.device) -> None:
         """A forward of `batch` rows begins. Raises ValueError where the cache holds another number of them."""
@@ -197,6 +209,9 @@ class SinkWindowCache(Cache):
             prefix = self.prefix_lengths[self.prefix_groups.clamp_min(0)].long()
             self.lengths.copy_(torch.where(shares, prefix, self.lengths))
             self.pinned.copy_(torch.where(shares, prefix, self.pinned))
+        if self.copied_prefix is not None:
+            self.lengths.fill_(self.attention_sinks)
+            self.positions[:, : self.attention_sinks] = torch.arange(self.attention_sinks, device=self.positions.device)
 
     def plan(
         self,
@@ -216,16 +231,24 @@ class SinkWindowCache(Cache):
         last = positions.amax(1)
         slots = self._slots(positions, last)
         self.columns += tokens
-        step = Step(positions.int(), slots, self._drift(positions, dtype))
+        step = Step(positions.int(), slots)
+        drift = self._drift(positions, dtype)
+        if drift is not None and tokens == 1 and self._can_turn_sinks():
+            self._turn_sinks(*drift)
+        else:
+            self._turn_sinks_back()
+            step.rotation = drift
         if tokens > 1:
             sinks = self.attention_sinks
             step.first, step.brings_sinks = first, bool(((slots >= 0) & (slots < sinks)).any())
-            step.plain = (
-                first and self.prefix_groups is None and tokens <= self.num_slots and bool((positions >= 0).all())
-            )
+            step.plain = first and not self.prefixes and tokens <= self.num_slots and bool((positions >= 0).all())
             before = self.positions[:, sinks : self.num_slots].clone()
         self.positions.scatter_(1, torch.where(slots < 0, self.num_slots, slots), step.positions)
         self.lengths.copy_(torch.where(last < 0, self.lengths, last + 1))
+        if tokens == 1 and self.positions.device.type == "cpu":
+            sinks, window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
+            oldest = (last - self.window).clamp_min(-1)[:, None]
+            step.all_visible = bool((sinks >= 0).all()) and bool((window > oldest).all())
         if tokens > 1:
             # A sink of the chunk is met as a sink, in its slot, by all queries.
             chunk = torch.where((slots >= 0) & (slots < sinks), -1, step.positions)
@@ -272,12 +295,41 @@ class SinkWindowCache(Cache):
 
         In fp32 at least. None where they are the same, or nothing is pinned.
         """
-        if self.columns <= self.least_pinned + self.window or (self.attention_sinks == 0 and not self.prefixes):
+        if self.columns <= self.least_pinned + self.window or self.least_pinned == 0:
             return None
         in_cache = torch.minimum(positions, self.pinned[:, None] + (self.window - 1))
         cos, sin = rotation(self.inverse_frequencies, in_cache - positions)
         dtype = torch.promote_types(dtype, torch.float32)
         return cos.to(dtype), sin.to(dtype)
+
+    def _can_turn_sinks(self) -> bool:
+        """Whether to turn the few sink keys of all layers towards one query, rather than every layer's queries to them.
+
+        A second rotation of queries is a second set of scores. On CPU, that costs more than it computes.
+        """
+        return (
+            self.storage is not None
+            and self.storage[0].device.type == "cpu"
+            and self.quantized_dtype is None
+            and self.prefix_groups is None
+            and self.attention_sinks <= MOST_TURNED
+            and bool((self.lengths >= self.pinned).all())  # else one is still to come, into its slot
+        )
+
+    def _turn_sinks(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Put the sinks' keys where a query at its absolute position [B, 1, C] meets them as in the cache."""
+        assert self.storage is not None
+        slots = self.storage[0][:, :, :, : self.attention_sinks]
+        if self.sinks is None:
+            self.sinks = slots.clone()
+        keys = self.sinks.flatten(0, 1).to(cos.dtype)  # [L B, G, S, C]; the opposite of the query's rotation
+        turned = rotate(keys, cos.repeat(len(slots), 1, 1), -sin.repeat(len(slots), 1, 1))
+        slots.copy_(turned.view(slots.shape))
+
+    def _turn_sinks_back(self) -> None:
+        if self.sinks is not None and self.storage is not None:
+            self.storage[0][:, :, :, : self.attention_sinks].copy_(self.sinks)
+            self.sinks = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -294,10 +346,12 @@ class SinkWindowCache(Cache):
     def reset(self) -> None:
         """Forget everything but the shared prefixes. What was allocated stays."""
         self.columns, self.step = self.first_column, None
+        self._turn_sinks_back()
         if self.lengths is not None:
             self._forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._turn_sinks_back()
         super().reorder_cache(beam_idx)
         for tensor in (self.positions, self.lengths, self.pinned, self.prefix_groups):
             if tensor is not None:

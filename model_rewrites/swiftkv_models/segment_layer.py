@@ -73,14 +73,31 @@ class SegmentLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the slots, for K and V like these [B, G, T, C]."""
         batch, heads, _, size = key_states.shape
-        self.take(*self.cache.allocate((batch, heads), size, key_states.dtype, key_states.device))
+        self.cache.allocate_layers(key_states, heads, size)
+        if self.keys.device != key_states.device:  # a model in parts
+            self.cache.storage = None
+            self.take(*self.cache.allocate((batch, heads), size, key_states.dtype, key_states.device))
 
-    def take(self, keys: Any, values: Any, key_scale: Any, value_scale: Any) -> None:
+    def take(
+        self,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        key_scale: torch.Tensor | None,
+        value_scale: torch.Tensor | None,
+    ) -> None:
         """These are the slots from now on."""
+        assert keys is not None
         self.keys, self.values, self.key_scale, self.value_scale = keys, values, key_scale, value_scale
         self.device = keys.device
         self.prefix = self._prefix()
         self.is_initialized = True
+        if (copied := self.cache.copied_prefix) is not None:
+            slots = torch.arange(len(copied), device=self.device).expand(len(keys), -1)
+            copied_keys, copied_values = (
+                tensors[self.index].to(self.device).expand(len(keys), -1, -1, -1)
+                for tensors in (copied.keys, copied.values)
+            )
+            self._write(copied_keys, copied_values, slots)
 
     def _prefix(self) -> PrefixSegment | None:
         cache = self.cache
@@ -102,7 +119,7 @@ class SegmentLayer(CacheLayerMixin):
         """Output [B, H, K, C] of the step's last K queries; K and V of its tokens are written, if they are not yet."""
         if new.keys is None or new.values is None:
             return self._attend_slots(query, step, scaling)
-        if not self.is_initialized:
+        if not self.is_initialized or self.device != new.keys.device:
             self.lazy_initialization(new.keys, new.values)
         queries = query.shape[2]
         plain = step.plain and queries == new.tokens
@@ -126,7 +143,8 @@ class SegmentLayer(CacheLayerMixin):
             None if self.key_scale is None else self.key_scale[:, :, :used],
             None if self.value_scale is None else self.value_scale[:, :, :used],
         )
-        return self._attend(query, held, self.cache.positions[:, :used], step, scaling)
+        positions = None if step.all_visible else self.cache.positions[:, :used]
+        return self._attend(query, held, positions, step, scaling)
 
     def _beside(self, keys: torch.Tensor, values: torch.Tensor, step: Step) -> Held:
         """K, V and their scales of the slots as they were before a chunk, and of the chunk."""
@@ -145,7 +163,7 @@ class SegmentLayer(CacheLayerMixin):
         return joined_keys, joined_values, key_scale, value_scale
 
     def _attend(
-        self, query: torch.Tensor, held: Held, key_positions: torch.Tensor, step: Step, scaling: float
+        self, query: torch.Tensor, held: Held, key_positions: torch.Tensor | None, step: Step, scaling: float
     ) -> torch.Tensor:
         cache, count = self.cache, query.shape[2]
         keys, values, key_scale, value_scale = held
@@ -157,7 +175,7 @@ class SegmentLayer(CacheLayerMixin):
             query,
             keys,
             values,
-            key_positions.to(query.device),
+            None if key_positions is None else key_positions.to(query.device),
             step.positions[:, -count:].to(query.device),
             window=cache.window,
             pinned=cache.attention_sinks,

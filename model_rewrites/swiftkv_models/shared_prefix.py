@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+WORTH_ON_CPU = 3 << 20  # bytes of K/V in a layer: 0.2 ms of reading
+
 
 class SharedPrefix:
     """Token ids, and one K and V [G, P, C] for every layer that a cache holds."""
@@ -88,6 +90,15 @@ def assign_prefixes(
         padding = len(row) - len(tokens)
         columns.append(padding + len(prefixes[group]) if group >= 0 else padding)
     return torch.tensor(groups, dtype=torch.int32), min(columns) if max(groups, default=-1) >= 0 else 0
+
+
+def sharing_pays(rows: int, tokens: int, token_bytes: int, device: torch.device) -> bool:
+    """Whether `rows` rows read a prefix of `tokens` tokens (`token_bytes` of K in a layer) faster as one than each.
+
+    What it saves must be worth a second part of attention, and the merge.
+    """
+    saved = (rows - 1) * tokens * 2 * token_bytes
+    return saved >= (WORTH_ON_CPU if device.type == "cpu" else 1)
 
 
 def stack_prefixes(prefixes: Sequence[SharedPrefix], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

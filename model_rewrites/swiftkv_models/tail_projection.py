@@ -52,11 +52,17 @@ class TailProjection:
         return first.data_ptr() == stacked.data_ptr() and last.data_ptr() == end and first.dtype == stacked.dtype
 
     def write(
-        self, cache: SinkWindowCache, states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        cache: SinkWindowCache,
+        first: int,
+        states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        """Put K and V of states [B, T, D] into the slots of the tail's layers."""
-        assert cache.step is not None  # the trunk has made it
-        keys, values, key_scale, value_scale = cache.tail_slots
+        """Put K and V of states [B, T, D] into the slots of the cache's layers from `first` on."""
+        assert cache.step is not None  # the trunk has made both
+        assert cache.storage is not None
+        keys, values = (part[first:] for part in cache.storage[:2])
+        key_scale, value_scale = (None if part is None else part[first:] for part in cache.storage[2:])
         cos, sin = (table.to(torch.promote_types(table.dtype, torch.float32)) for table in position_embeddings)
         kv_projection(
             states,

@@ -9,7 +9,7 @@ import torch
 from naive_streaming import naive_streaming_logits
 from transformers import DynamicCache
 
-from swiftkv_models import SharedPrefix, SinkWindowCache, rewrite, use_exact_positions
+from swiftkv_models import SharedPrefix, SinkWindowCache, rewrite, segment_cache, shared_prefix, use_exact_positions
 from tiny import random_ids, randomise_tail, tiny_llama
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -189,11 +189,18 @@ def test_a_base_model_needs_exact_positions_for_that():
     assert (found[False, 100] - found[False, 4_000_000]).abs().max() > 1e-2
 
 
+@pytest.fixture(params=["shared", "copied"])
+def sharing(request, monkeypatch):
+    """Both ways to use a prefix, whatever would pay: `copied` is possible where all rows have the same one."""
+    monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: request.param == "shared")
+    return request.param == "shared"
+
+
 def prefix_of(model, length, seed=50):
     return SharedPrefix.from_ids(model, random_ids(length, seed=seed))
 
 
-def test_a_shared_prefix_is_the_concatenated_prompt(model):
+def test_a_shared_prefix_is_the_concatenated_prompt(model, sharing):
     """Several prefixes and rows without one, in a padded batch of any order, and queries for all positions."""
     short, long = prefix_of(model, 6), prefix_of(model, 11, seed=51)
     tails = [random_ids(length, seed=length) for length in (4, 1, 9, 5, 3)]
@@ -212,11 +219,12 @@ def test_a_shared_prefix_is_the_concatenated_prompt(model):
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
 
 
-def test_a_prefix_of_all_rows_is_not_run_again(model):
+def test_a_prefix_of_all_rows_is_not_run_again(model, sharing):
     prefix = prefix_of(model, 12)
     ids = torch.cat([torch.tensor([prefix.token_ids] * 3), random_ids(3, 7)], dim=1)
     cache = SinkWindowCache(model.config, window=32, prefixes=prefix, input_ids=ids)
     assert cache.get_seq_length() == 12
+    assert cache.shared_rows == (3 if sharing else 0)
     seen = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     found = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None)
@@ -229,7 +237,7 @@ def test_a_prefix_of_all_rows_is_not_run_again(model):
 
 
 @pytest.mark.parametrize("chunks", [[25], [1] * 25, [4, 21]], ids=["whole", "single", "chunks"])
-def test_prefix_and_stream_together_are_that_many_sinks(model, chunks):
+def test_prefix_and_stream_together_are_that_many_sinks(model, chunks, sharing):
     prefix = prefix_of(model, 9)
     ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 25)], dim=1)
     cache = SinkWindowCache(model.config, window=6, attention_sinks=4, prefixes=prefix, input_ids=ids)
@@ -239,7 +247,29 @@ def test_prefix_and_stream_together_are_that_many_sinks(model, chunks):
         torch.testing.assert_close(found[row], expected, **CLOSE)
 
 
-def test_prefixes_are_compared_by_token_ids(model):
+def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
+    prefix = prefix_of(model, 12)
+    ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 7)], dim=1)
+    assert SinkWindowCache(model.config, window=8, prefixes=prefix, input_ids=ids).shared_rows == 0  # some kilobytes
+    assert not shared_prefix.sharing_pays(1, 10**6, 10**3, torch.device("cuda"))
+    assert shared_prefix.sharing_pays(16, 4096, 3 * 64 * 2, torch.device("cpu"))
+
+
+def test_a_stream_of_rows_that_differ_in_length_keeps_late_sinks(model):
+    """One row has drifted from its sinks when another still gets its own."""
+    rows = [random_ids(length, seed=length) for length in (30, 1)]
+    ids, mask = padded(rows)
+    cache = SinkWindowCache(model.config, window=8, attention_sinks=4)
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    batch = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options)
+    for index, row in enumerate(rows):
+        whole = torch.cat([row, batch.sequences[index, -16:]])
+        expected = naive_streaming_logits(model, whole[:-1], 8, 4)[-16:]
+        torch.testing.assert_close(torch.stack(batch.logits)[:, index].double(), expected, **CLOSE)
+
+
+def test_prefixes_are_compared_by_token_ids(model, monkeypatch):
+    monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)
     prefix = prefix_of(model, 5)
     other = list(prefix.token_ids)
     other[-1] = (other[-1] + 1) % 97
@@ -250,7 +280,7 @@ def test_prefixes_are_compared_by_token_ids(model):
     assert exact.shared_rows == 0
 
 
-def test_beams_are_reordered(model):
+def test_beams_are_reordered(model, sharing):
     ids = random_ids(2, 9)
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     cache = SinkWindowCache(model.config, window=30)
@@ -282,7 +312,7 @@ def test_quantised_slots_change_little_and_chunks_nothing(model, quantization, t
     assert caches[0].nbytes == 2 * 11 * (layers * 2 * heads * (config.head_dim + 4) + 4)
 
 
-def test_a_quantised_prefix(model):
+def test_a_quantised_prefix(model, sharing):
     prefix = prefix_of(model, 12)
     ids = torch.cat([torch.tensor([prefix.token_ids]), random_ids(1, 10)], dim=1)
     cache = SinkWindowCache(model.config, window=32, prefixes=prefix, input_ids=ids, quantization="int8")
