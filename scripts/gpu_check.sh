@@ -37,12 +37,41 @@ with torch.device("cuda"):
 PY
 fi
 
+checkpoint="$scratch/swiftkv"
+"$python" - "$model" "$checkpoint" <<'PY'
+import sys
+
+from transformers import AutoModelForCausalLM
+
+from swiftkv_models import rewrite
+
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+model = rewrite(base, num_key_value_layers=base.config.num_hidden_layers // 2)
+model.config.base_projections = False
+model.save_pretrained(sys.argv[2], state_dict={  # the tail's unused projections stay behind
+    name: tensor for name, tensor in model.state_dict().items()
+    if not any(f"layers.{i}.self_attn.{kind}_proj.weight" in name
+               for i in range(model.config.num_key_value_layers, model.config.num_hidden_layers) for kind in "qkv")
+})
+PY
+
+# Each step has its share of nine minutes; a step that fails or runs out of it does not keep the others from running.
 status=0
 run() {
+    local seconds="$1"
+    shift
     echo "== $*" >&2
-    timeout 240 "$@" || { echo "failed: $*" >&2; status=1; }
+    timeout "$seconds" "$@" || { echo "failed: $*" >&2; status=1; }
 }
-run "$python" -m pytest -q -m gpu tests -p no:cacheprovider 2>&1 | tee "$out/pytest.log"
+bench() { run "$1" "$python" -m swiftkv_train.cli bench "${@:2}"; }
+run 130 "$python" -m pytest -q -m gpu tests -p no:cacheprovider 2>&1 | tee "$out/pytest.log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
-run "$python" -m swiftkv_train.cli bench step "$model" --batch-size 4 --sequence-length 2048 --output "$out/step.json"
+bench 50 step "$model" --batch-size 4 --sequence-length 2048 --output "$out/step.json"
+bench 40 loss --rows 2048 --repeats 5 --output "$out/loss.json"
+bench 40 plan --models 1b --output "$out/plan.json"
+bench 40 prefill "$checkpoint" --base "$model" --lengths 2048,8192 --output "$out/prefill.json"
+bench 70 relay --heads 32 --kv-heads 8 --head-dim 64 --dtype bfloat16 --output "$out/relay.json"
+bench 60 decode "$checkpoint" --base "$model" --batch 1,16 --context 4096 --output "$out/decode.json"
+bench 60 stream "$checkpoint" --windows 1024,4096 --tokens 8192 --output "$out/stream.json"
+bench 30 kv-memory "$model" --checkpoint "$checkpoint" --output "$out/kv_memory.json"
 exit $status

@@ -25,6 +25,7 @@ from swiftkv_train.bench.shared_storage import (
     LayerTensors,
     Shape,
     flashinfer_is_installed,
+    shares,
 )
 from swiftkv_train.bench.turns import (
     OURS,
@@ -157,6 +158,7 @@ def _row(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
         "batch": shape.batch,
         "prefix": shape.prefix,
         "ceiling": shape.ceiling,
+        "shared": shares(tensors[0]),
         "share_of_ceiling": None if speedup is None else speedup / shape.ceiling,
         "contenders": cells,
     }
@@ -210,4 +212,5 @@ def _targets(rows: list[dict[str, Any]], device: torch.device) -> list[Cell]:
 def _line(row: dict[str, Any]) -> str:
     share = "" if row["share_of_ceiling"] is None else f"; {row['share_of_ceiling']:.0%} of x {row['ceiling']:.2f}"
     cells = {name: cell for name, cell in row["contenders"].items() if cell.get("failed") != "needs a GPU"}
-    return f"B={row['batch']:<2} P={row['prefix']:<5}: {comparison(cells)}{share}"
+    copied = "" if row["shared"] else "; copied: sharing would not pay"
+    return f"B={row['batch']:<2} P={row['prefix']:<5}: {comparison(cells)}{share}{copied}"

@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
 from swiftkv_kernels.segment_attention_torch import merge_partials
+from swiftkv_models.shared_prefix import sharing_pays
 from swiftkv_train.bench.baselines import folded_attention
 from swiftkv_train.bench.turns import OURS
 
@@ -76,20 +77,39 @@ class LayerTensors:
 Attention = Callable[[], Tensor]  # -> [B, H, 1, C]
 
 
+def shares(layer: LayerTensors) -> bool:
+    """Whether a `SinkWindowCache` shares the prefix here, or copies it into the rows."""
+    _, kv_heads, prefix, size = layer.prefix_key.shape
+    return sharing_pays(len(layer.key), prefix, kv_heads * size * layer.key.element_size(), layer.key.device)
+
+
 def ours(layer: LayerTensors) -> Attention:
+    """What a `SinkWindowCache` runs at a step of decoding, its rows without padding."""
     (batch, _, suffix, _), prefix, device = layer.key.shape, layer.prefix_key.shape[2], layer.key.device
     positions = torch.arange(prefix, prefix + suffix, dtype=torch.int32, device=device).repeat(batch, 1)
+    last = positions[:, -1:].contiguous()
+    if not shares(layer):
+        key, value = with_prefix(layer)
+        return partial(segment_attention, layer.query, key, value, None, last, window=suffix, pinned=prefix)
     lengths = torch.tensor([prefix], dtype=torch.int32, device=device)
     groups = torch.zeros(batch, dtype=torch.int32, device=device)
     segment = PrefixSegment(layer.prefix_key, layer.prefix_value, lengths, groups)
-    tensors = (layer.query, layer.key, layer.value, positions, positions[:, -1:].contiguous())
+    # On CPU the cache knows that all slots are visible.
+    key_positions = None if device.type == "cpu" else positions
+    tensors = (layer.query, layer.key, layer.value, key_positions, last)
     return partial(segment_attention, *tensors, window=suffix, prefix=segment)
 
 
-def plain(layer: LayerTensors) -> Attention:
+def with_prefix(layer: LayerTensors) -> tuple[Tensor, Tensor]:
+    """K and V [B, G, P + S, C] of rows that each have a copy of the prefix."""
     rows = len(layer.key)
     key = torch.cat([layer.prefix_key.expand(rows, -1, -1, -1), layer.key], dim=2)
     value = torch.cat([layer.prefix_value.expand(rows, -1, -1, -1), layer.value], dim=2)
+    return key, value
+
+
+def plain(layer: LayerTensors) -> Attention:
+    key, value = with_prefix(layer)
     if layer.key.device.type == "cpu":
         return partial(folded_attention, layer.query, key, value)
     return partial(scaled_dot_product_attention, layer.query, key, value, enable_gqa=True)

@@ -17,7 +17,7 @@ ROUNDOFF = {FP64: 2.0**-53, FP32: 2.0**-24, BF16: 2.0**-9, FP16: 2.0**-12}
 class Case(NamedTuple):
     """Arguments of segment_attention: those without a name and those with one."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]
     options: dict[str, Any]
 
     def __call__(self, operation, **more: Any) -> Tensor:

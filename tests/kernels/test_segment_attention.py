@@ -94,6 +94,21 @@ def test_prefix_in_another_storage_than_the_slots(place, dtype):
     check(quantised.change(prefix=case.options["prefix"]), place)
 
 
+@pytest.mark.parametrize(("dtype", "storage"), [(FP32, None), (BF16, INT8)])
+def test_without_positions_a_query_sees_all_slots(place, dtype, storage):
+    case = make(3, 1, 70, 15, pinned=4, dtype=dtype, storage=storage, device=place.device)
+    (query, key, value, held, asked), options = case
+    asked.fill_(100)
+    held.copy_(torch.arange(70))
+    options["window"] = 101
+    blind = Case((query, key, value, None, asked), {**options, "window": 1})
+    assert_close(blind(segment_attention, backend=place.backend), case(naive_segment_attention), case, place.backend)
+    plain = blind.change(pinned_query=None, prefix=None)
+    expected = case.change(pinned_query=None, prefix=None)(naive_segment_attention)
+    assert_close(plain(segment_attention, backend=place.backend), expected, case, place.backend)
+    assert (plain(segment_attention_reference).double().cpu() - expected).abs().max() < 4e-5
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_keys_in_many_shares(place, length):
     """All visible, sinks too, which are one share's only; as the kernel splits slots and prefix."""

@@ -150,6 +150,7 @@ def test_bad_arguments_name_what_is_wrong():
         ((query, key, value, held.long(), asked), {}, r"key_positions must be torch\.int32 \(3, 6\)"),
         ((query, key, value, held[:, :5], asked), {}, "key_positions"),
         ((query, key, value, held, asked[:, :1]), {}, "query_positions"),
+        ((query, key, value, None, asked), {}, "key_positions may be None for one query, not for 2"),
         ((query, packed, packed, held, asked), {}, "needs key_scale"),
         ((query, packed, packed, held, asked), {"key_scale": scale}, "needs value_scale"),
         ((query, packed, packed, held, asked), {"key_scale": scale[:2], "value_scale": scale}, "key_scale must be"),
