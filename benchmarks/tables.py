@@ -88,6 +88,80 @@ MEASURED_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
+def against(row: dict[str, Any], what: str, file: str, unit: float = 1e3, name: str = "ms") -> list[str]:
+    """Ours against each contender of a row that was measured."""
+    ours, *others = row["contenders"].items()
+    return [
+        f"| {what}, against {other} | {ours[1]['seconds'] * unit:,.3g} {name} | {cell['seconds'] * unit:,.3g} {name} "
+        f"| {cell['speedup']:.2f} | `{file}` |"
+        for other, cell in others
+        if "failed" not in cell
+    ]
+
+
+def stream_rows(stream: dict[str, Any]) -> list[str]:
+    """Of every window the longest stream, at which all were measured."""
+    longest = {row["window"]: row for row in stream["rows"]}
+    lines = []
+    for window, row in longest.items():
+        what = f"a token of a stream, window {row['sinks']} + {window:,}, {row['tokens']:,} tokens on"
+        lines += against(row, what, "stream.json")
+    return lines
+
+
+def relay_rows(relay: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in relay["rows"]:
+        if row["batch"] in (1, 4, 16) and row["prefix"] in (64, 4096):
+            how = "" if row["shared"] else " (copied: sharing would not pay)"
+            what = f"attention of {row['batch']} rows over a shared prefix of {row['prefix']:,} tokens{how}"
+            lines += against(row, what, "relay.json")
+    return lines
+
+
+def decode_rows(decode: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in decode["rows"]:
+        base, *others = row["contenders"].items()
+        for name, cell in others:
+            if "failed" not in cell:
+                lines.append(
+                    f"| a generated token, batch {row['batch']}, context {row['context']:,}, {name} against {base[0]} "
+                    f"| {cell['seconds'] * 1e3:,.3g} ms | {base[1]['seconds'] * 1e3:,.3g} ms | {cell['speedup']:.2f} "
+                    "| `decode.json` |"
+                )
+    return lines
+
+
+def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in memory["rows"]:
+        first, layers = row["num_key_value_layers"], row["num_hidden_layers"]
+        form = "base" if first == layers else f"l = {first} of {layers}, g = {row['key_value_group_size']}"
+        stored = "" if row["quantization"] == "none" else f", {row['quantization']}"
+        lines.append(
+            f"| K/V bytes per token, {form}{stored}, against the base | {row['bytes_per_token']:,.0f} "
+            f"| {row['base_bytes_per_token']:,.0f} | {row['ratio']:.3f} | `kv_memory.json` |"
+        )
+    return lines
+
+
+INFERENCE: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "stream.json": stream_rows,
+    "relay.json": relay_rows,
+    "decode.json": decode_rows,
+    "kv_memory.json": kv_memory_rows,
+}
+
+
+def inference() -> str:
+    results = {name: load(name) for name in INFERENCE if (FOLDER / name).exists()}
+    lines = ["| measured side by side | ours | theirs | ratio | file |", "|---|---|---|---|---|"]
+    for name, result in results.items():
+        lines += INFERENCE[name](result)
+    return "\n".join([*lines, "", origin(results)])
+
+
 def targets() -> str:
     results = {name: load(name) for name in ("init.json", "step.json", "prefill.json")}
     # No row where no machine has measured yet.
@@ -137,7 +211,7 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
     return " ".join(f"{', '.join(names)}: {place}." for place, names in files.items())
 
 
-TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets}
+TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets, "inference": inference}
 
 
 def filled(readme: str) -> str:

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from swiftkv_models import SharedPrefix, SinkWindowCache, use_exact_positions
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import load_model, load_tokenizer, one_line, pad_token_id
+
+SINKS = 4
 
 
 def chat(
@@ -18,8 +21,12 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    window: int | None = None,
 ) -> None:
     """Answer `prompt`, or read messages from the terminal until its end; answers stream to standard output.
+
+    With `window` the cache keeps the system message, or else the first tokens, and that many last tokens: the
+    conversation may go on for ever, and what drops out of the window is forgotten.
 
     Raises:
         UserError: no such model, no chat template or one that refuses the messages, an empty prompt, or a conversation
@@ -37,7 +44,19 @@ def chat(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    cache: Any = DynamicCache(config=model.config)
+    if window is not None and model.config.model_type == "llama":
+        use_exact_positions(model)  # which SwiftKV models have of themselves
+    prefix = None
+    if window is not None and system:
+        prefix = SharedPrefix.from_messages(model, tokenizer, messages)
+
+    def new_cache(ids: torch.Tensor) -> Any:
+        if window is None:
+            return DynamicCache(config=model.config)
+        pinned: Any = {"prefixes": prefix, "input_ids": ids} if prefix is not None and len(prefix) >= SINKS else {}
+        return SinkWindowCache(model.config, window=window, attention_sinks=SINKS, **pinned)
+
+    cache: Any = None
     known = torch.empty(0, dtype=torch.long)
     while True:
         message = prompt if prompt is not None else _read()
@@ -54,13 +73,14 @@ def chat(
                 raise UserError(f"{path}: its chat template refuses the conversation: {one_line(error)}") from None
             ids = inputs["input_ids"]
             limit = model.config.max_position_embeddings
-            if ids.shape[1] + max_new_tokens > limit:
+            if window is None and ids.shape[1] + max_new_tokens > limit:
                 raise UserError(
-                    f"{ids.shape[1]} tokens of conversation and {max_new_tokens} new ones exceed the context of {limit}"
+                    f"{ids.shape[1]} tokens of conversation and {max_new_tokens} new ones exceed the context of "
+                    f"{limit}; --window lets it go on"
                 )
             # What the cache holds is kept only as far as the new prompt starts with it.
-            if len(known) > ids.shape[1] or not torch.equal(ids[0, : len(known)], known):
-                cache, known = DynamicCache(config=model.config), known[:0]
+            if cache is None or len(known) > ids.shape[1] or not torch.equal(ids[0, : len(known)], known):
+                cache, known = new_cache(ids), known[:0]
             sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
             output = model.generate(
                 ids.to(model.device),

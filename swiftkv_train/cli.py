@@ -249,11 +249,19 @@ def chat(
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely token each time.")] = 0.0,
+    window: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            help="Keep the system message (or the first 4 tokens) and so many last tokens: a conversation without end.",
+        ),
+    ] = None,
 ) -> None:
     """Talk to a checkpoint in the terminal."""
     from swiftkv_train.chat import chat as run
 
-    run(checkpoint, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "window": window}
+    run(checkpoint, prompt=prompt, system=system, **options)
 
 
 OutputOption = Annotated[Optional[Path], typer.Option("--output", help="Also write the result to this JSON file.")]  # noqa: UP045
