@@ -26,8 +26,9 @@ class Fit:
 
 
 def first_that_fits(model: LlamaSwiftKVForCausalLM, recipe: Recipe, *, processes: int, gpu_memory: int) -> Fit | None:
-    """The recipe's own settings if they fit, else the nearest: a smaller micro-batch, then gradient checkpointing,
-    then a quantised base or sharding, then more processes, each with the changes before it where they are needed too.
+    """The recipe's own settings if they fit, else the nearest: a lighter calibration, then a smaller micro-batch, then
+    gradient checkpointing, then a quantised base or sharding, then more processes, each with the changes before it
+    where they are needed too.
     """
     for changed, count in _candidates(recipe, processes):
         memory = training_memory(model, changed, processes=count, device="cuda")
@@ -47,8 +48,9 @@ def _candidates(recipe: Recipe, processes: int) -> Iterator[tuple[Recipe, int]]:
     shardable = training.optimizer == "adamw" and recipe.model.dtype != "float16"  # as the strategies ask for
     strategies = STRATEGIES[STRATEGIES.index(own) :] if shardable else [own]
     quantizations = QUANTIZATIONS[QUANTIZATIONS.index(recipe.model.quantization) :]
-    for count, strategy, quantization, checkpointing, size in product(
-        counts, strategies, quantizations, sorted({training.gradient_checkpointing, True}), sizes
+    weightings = ["head", "layer"] if recipe.calibration.weighting == "head" else [recipe.calibration.weighting]
+    for count, strategy, quantization, checkpointing, size, weighting in product(
+        counts, strategies, quantizations, sorted({training.gradient_checkpointing, True}), sizes, weightings
     ):
         if strategy != own and count == 1:  # one process has nobody to share with
             continue
@@ -56,6 +58,7 @@ def _candidates(recipe: Recipe, processes: int) -> Iterator[tuple[Recipe, int]]:
             continue
         changed = recipe.model_copy(deep=True)
         changed.model.quantization = quantization
+        changed.calibration.weighting = weighting  # type: ignore[assignment]
         changed.training.micro_batch_size = size
         changed.training.gradient_checkpointing = checkpointing
         changed.distributed.strategy = strategy  # type: ignore[assignment]
@@ -64,6 +67,8 @@ def _candidates(recipe: Recipe, processes: int) -> Iterator[tuple[Recipe, int]]:
 
 def _changes(recipe: Recipe, changed: Recipe, processes: int, count: int) -> list[str]:
     found = []
+    if changed.calibration.weighting != recipe.calibration.weighting:
+        found.append(f"calibration.weighting={changed.calibration.weighting}")
     if changed.training.micro_batch_size != recipe.training.micro_batch_size:
         found.append(f"training.micro_batch_size={changed.training.micro_batch_size}")
     if changed.training.gradient_checkpointing != recipe.training.gradient_checkpointing:

@@ -29,6 +29,7 @@ from torch import nn
 from swiftkv_kernels.causal_attention import BLOCK
 from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
+from swiftkv_train.calibrate import SCORE_BYTES
 from swiftkv_train.loading import dtype_of
 from swiftkv_train.quantized_base import BYTES, quantizable_layers
 from swiftkv_train.recipe import Recipe
@@ -63,10 +64,11 @@ class Memory:
     communication: int
     step: int
     evaluation: int  # 0 without held-out text
+    calibration: int  # before the first step; 0 where the start is not calibrated
 
     @property
     def peak(self) -> int:
-        return max(self.step, self.evaluation)
+        return max(self.step, self.evaluation, self.calibration)
 
 
 def training_memory(
@@ -114,7 +116,25 @@ def training_memory(
     evaluation = always + copies + tail.evaluation() if recipe.data.held_out else 0
     activations = tail.saved() + tail.final_states()
     communication += exchanged
-    return Memory(weights + copies, gradients, optimizer, activations, chunk, communication, step, evaluation)
+    calibration = _calibration(model, recipe, tail, strategy, device) if recipe.rewrite.init == "calibrated" else 0
+    return Memory(
+        weights + copies, gradients, optimizer, activations, chunk, communication, step, evaluation, calibration
+    )
+
+
+def _calibration(model: LlamaSwiftKVForCausalLM, recipe: Recipe, tail: TailMemory, strategy: str, device: str) -> int:
+    """The closed form's sums, and what runs the base meanwhile: all of it, or its largest part (`layer_by_layer`)."""
+    parts = [model.model.embed_tokens, *model.model.layers]
+    sizes = [_elements(part.parameters()) * tail.itemsize for part in parts]
+    in_parts = device == "cuda" and ("weights" in SHARDED[strategy] or recipe.model.quantization is not None)
+    weights = max(sizes) if in_parts else _elements(model.parameters()) * tail.itemsize
+    width = tail.hidden + int(model.config.attention_bias)
+    groups = cast(int, model.config.num_key_value_heads) if recipe.calibration.weighting == "head" else 1
+    sums = tail.layers * 8 * (groups * width**2 + width * 2 * tail.key_value)
+    # Of a batch: the base's queries, keys and values of all tail layers, and a layer's states in fp32 and twice.
+    recorded = tail.layers * tail.state(tail.query + 2 * tail.key_value)
+    layer = tail.tokens * (2 * tail.hidden + 4 * tail.key_value) * FP32
+    return weights + sums + recorded + layer + 2 * SCORE_BYTES
 
 
 def _frozen_bytes(model: LlamaSwiftKVForCausalLM, recipe: Recipe, frozen: int, itemsize: int) -> int:

@@ -57,6 +57,8 @@ def _memory(memory: dict[str, Any]) -> Table:
     table.add_row("peak of a step (not all meet)", size(memory["bytes"]["step"]))
     if memory["bytes"]["evaluation"]:
         table.add_row("peak of an evaluation", size(memory["bytes"]["evaluation"]))
+    if memory["bytes"]["calibration"]:
+        table.add_row("peak of the calibration", size(memory["bytes"]["calibration"]))
     return table
 
 

@@ -11,15 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from swiftkv_models import rewrite
 from swiftkv_train.bench.plan import SETTINGS as STEPS
 from swiftkv_train.bench.plan import recipe_for, step_memory
+from swiftkv_train.calibrate import accumulate_moments
 from swiftkv_train.cli import main
 from swiftkv_train.distill import Distillation
 from swiftkv_train.evaluate.speed import cache_bytes_per_token as cache_bytes_found
 from swiftkv_train.loading import dtype_of
-from swiftkv_train.plan import plan
-from swiftkv_train.plan.advice import RESERVED
+from swiftkv_train.plan import model_on_meta, plan
+from swiftkv_train.plan.advice import RESERVED, first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
-from swiftkv_train.plan.memory import TailMemory
-from swiftkv_train.student import add_adapters, trainable_parameters, use_training_attention
+from swiftkv_train.plan.memory import TailMemory, training_memory
+from swiftkv_train.student import add_adapters, build_model, trainable_parameters, use_training_attention
 from tiny import random_ids, tiny_llama
 
 SETTINGS = {
@@ -255,3 +256,27 @@ def test_wrong_input_is_one_line_and_status_2(swiftkv, arguments, says):
     assert (status, out) == (2, "")
     assert says in err.splitlines()[-1]
     assert len(err.splitlines()) == 1
+
+
+def test_the_sums_of_a_calibration_are_counted(make_recipe):
+    """What a K/V head's own weighting holds more than a layer's, against the sums themselves."""
+    recipes = {kind: make_recipe(calibration__weighting=kind) for kind in ("head", "layer")}
+    model = model_on_meta(recipes["head"])
+    planned = [training_memory(model, recipe, device="cpu").calibration for recipe in recipes.values()]
+    found = [
+        sum(tensor.numel() for tensor in accumulate_moments(build_model(recipe), [], "cpu", weighting=kind).inputs) * 8
+        for kind, recipe in recipes.items()
+    ]
+    assert planned[0] - planned[1] == found[0] - found[1] > 0
+    copied = make_recipe(rewrite__init="copy")
+    assert training_memory(model, copied, device="cpu").calibration == 0
+
+
+def test_a_lighter_calibration_is_proposed_where_it_is_what_does_not_fit(make_recipe):
+    recipe = make_recipe()
+    model = model_on_meta(recipe)
+    memory = training_memory(model, recipe, device="cuda")
+    light = training_memory(model, make_recipe(calibration__weighting="layer"), device="cuda")
+    assert memory.calibration > light.calibration > memory.step  # of so small a model
+    fit = first_that_fits(model, recipe, processes=1, gpu_memory=RESERVED + light.calibration)
+    assert fit.changes == ["calibration.weighting=layer"]
