@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from swiftkv_models import LlamaSwiftKVForCausalLM, SinkWindowCache
+from swiftkv_models import LlamaSwiftKVForCausalLM, SharedPrefix, SinkWindowCache
 from swiftkv_train.errors import RunError
 from swiftkv_train.loading import one_line
 
@@ -88,15 +88,17 @@ def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> f
     device = model.device
     expected = model(ids.to(device), use_cache=False).logits.float().cpu()
     spread = float(expected.std())
-    streamed = model(
-        ids.to(device), past_key_values=SinkWindowCache(model.config, window=WINDOW, attention_sinks=SINKS)
-    ).logits
+    stream = SinkWindowCache(model.config, window=WINDOW, attention_sinks=SINKS)
+    streamed = model(ids.to(device), past_key_values=stream).logits
+    prefix = SharedPrefix.from_ids(model, ids[0, :PREFIX_TOKENS])
+    relay = SinkWindowCache(model.config, window=ids.shape[1], prefixes=prefix, input_ids=ids)
+    relayed = model(ids[:, PREFIX_TOKENS:].to(device), past_key_values=relay).logits
     differences = {
         name: float((found[name] - wanted.float().cpu()).abs().max()) / spread
         for name, wanted in (
             ("full", expected),
             ("prefill", expected[:, -1:]),
-            ("relay", expected[:, PREFIX_TOKENS:]),  # attention over a shared prefix is attention over the whole prompt
+            ("relay", relayed),
             ("stream", streamed),
         )
     }
