@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from swiftkv_kernels.causal_attention import _half_precision_products
 from swiftkv_kernels.kv_quantize import _float16
@@ -82,6 +83,9 @@ def segment_attention_torch(
     """See segment_attention."""
     batch, heads, length, size = query.shape
     groups, slots = key.shape[1:3]
+    if key_positions is None and prefix is None and key_scale is None and (pinned_query is None or not pinned):
+        rows = query.reshape(batch, groups, heads // groups, size)  # one query, and all of it visible: nothing to merge
+        return functional.scaled_dot_product_attention(rows, key, value, scale=scaling).reshape(query.shape)
     shape = (batch, groups, heads // groups, length, size)
     rows = query.reshape(shape)
     pinned_rows = rows if pinned_query is None else pinned_query.reshape(shape)

@@ -40,7 +40,9 @@ class Step:
     positions: torch.Tensor  # [B, T] int32, absolute; -1: not kept (padding, or in the shared prefix already)
     slots: torch.Tensor  # [B, T] int64; -1: not kept, or pushed out of the window before the step ends
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [B, T, C] from absolute to cache positions
-    all_visible: bool = False  # the query sees all that the used slots hold (known on CPU only, where looking is free)
+    # Of steps of one token, and on CPU only, where looking is free:
+    all_visible: bool = False  # the query sees all that the used slots hold
+    slot: int | None = None  # where the token goes, if it is the same in all rows
     # Of steps of several tokens only:
     first: bool = False  # nothing was cached before
     plain: bool = False  # causal attention among the step's own tokens is all there is to it
@@ -67,7 +69,7 @@ class SinkWindowCache(Cache):
 
     Raises:
         ValueError: sizes out of range, frequencies that depend on the length (dynamic NTK), an unknown quantization,
-            a prefix shorter than the sinks, or one without `input_ids`.
+            a prefix shorter than the sinks, of another model, or without `input_ids`.
     """
 
     def __init__(
@@ -117,6 +119,12 @@ class SinkWindowCache(Cache):
     def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         if input_ids is None:
             raise ValueError("prefixes go with input_ids: which rows begin with one is decided by their token ids")
+        for prefix in self.prefixes:
+            if len(prefix.keys) != len(self.segments):
+                raise ValueError(
+                    f"a prefix holds K/V of {len(prefix.keys)} layers, this model caches {len(self.segments)}; "
+                    "make it with this model"
+                )
         shortest = min(len(prefix) for prefix in self.prefixes)
         if shortest < self.attention_sinks:
             raise ValueError(f"a prefix of {shortest} tokens cannot stand for {self.attention_sinks} attention_sinks")
@@ -249,6 +257,8 @@ class SinkWindowCache(Cache):
             sinks, window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
             oldest = (last - self.window).clamp_min(-1)[:, None]
             step.all_visible = bool((sinks >= 0).all()) and bool((window > oldest).all())
+            first_slot, last_slot = (int(slot) for slot in slots.aminmax())
+            step.slot = first_slot if first_slot == last_slot else None
         if tokens > 1:
             # A sink of the chunk is met as a sink, in its slot, by all queries.
             chunk = torch.where((slots >= 0) & (slots < sinks), -1, step.positions)

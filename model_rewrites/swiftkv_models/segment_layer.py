@@ -127,7 +127,11 @@ class SegmentLayer(CacheLayerMixin):
         if queries > 1 and not plain and new.beside is None:
             new.beside = self._beside(new.keys, new.values, step)
         if not new.written:
-            self._write(new.keys, new.values, step.slots)
+            if step.slot is not None and self.key_scale is None:
+                self.keys[:, :, step.slot] = new.keys[:, :, 0]
+                self.values[:, :, step.slot] = new.values[:, :, 0]
+            else:
+                self._write(new.keys, new.values, step.slots)
             new.written = True
         if queries == 1:
             return self._attend_slots(query, step, scaling)

@@ -332,6 +332,9 @@ def test_what_is_refused(model):
         SinkWindowCache(config, window=4, prefixes=prefix)
     with pytest.raises(ValueError, match="a prefix of 3 tokens cannot stand for 4 attention_sinks"):
         SinkWindowCache(config, window=4, prefixes=prefix, input_ids=random_ids(1, 5))
+    deeper = prefix_of(tiny_llama(layers=8), 6)
+    with pytest.raises(ValueError, match=r"a prefix holds K/V of 8 layers, this model caches \d; make it with this"):
+        SinkWindowCache(config, window=4, prefixes=deeper, input_ids=random_ids(1, 9))
     with pytest.raises(ValueError, match="at least one token"):
         SharedPrefix.from_ids(model, [])
     cache = SinkWindowCache(config, window=4)
