@@ -88,11 +88,16 @@ MEASURED_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
-def against(row: dict[str, Any], what: str, file: str, unit: float = 1e3, name: str = "ms") -> list[str]:
+def milliseconds(cell: dict[str, Any]) -> str:
+    value = cell["seconds"] * 1e3
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def against(row: dict[str, Any], what: str, file: str) -> list[str]:
     """Ours against each contender of a row that was measured."""
     ours, *others = row["contenders"].items()
     return [
-        f"| {what}, against {other} | {ours[1]['seconds'] * unit:,.3g} {name} | {cell['seconds'] * unit:,.3g} {name} "
+        f"| {what}, against {other} | {milliseconds(ours[1])} | {milliseconds(cell)} "
         f"| {cell['speedup']:.2f} | `{file}` |"
         for other, cell in others
         if "failed" not in cell
@@ -114,7 +119,7 @@ def relay_rows(relay: dict[str, Any]) -> list[str]:
     for row in relay["rows"]:
         if row["batch"] in (1, 4, 16) and row["prefix"] in (64, 4096):
             how = "" if row["shared"] else " (copied: sharing would not pay)"
-            what = f"attention of {row['batch']} rows over a shared prefix of {row['prefix']:,} tokens{how}"
+            what = f"attention, batch {row['batch']}, over a shared prefix of {row['prefix']:,} tokens{how}"
             lines += against(row, what, "relay.json")
     return lines
 
@@ -124,10 +129,10 @@ def decode_rows(decode: dict[str, Any]) -> list[str]:
     for row in decode["rows"]:
         base, *others = row["contenders"].items()
         for name, cell in others:
-            if "failed" not in cell:
+            if "failed" not in cell and "folded" not in name:
                 lines.append(
                     f"| a generated token, batch {row['batch']}, context {row['context']:,}, {name} against {base[0]} "
-                    f"| {cell['seconds'] * 1e3:,.3g} ms | {base[1]['seconds'] * 1e3:,.3g} ms | {cell['speedup']:.2f} "
+                    f"| {milliseconds(cell)} | {milliseconds(base[1])} | {cell['speedup']:.2f} "
                     "| `decode.json` |"
                 )
     return lines

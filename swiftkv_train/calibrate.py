@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from swiftkv_train.data import Batch
 
 Weighting: TypeAlias = Literal["head", "layer", "none"]
-SCORE_BYTES = 256 << 20  # of attention scores at a time
+# Bytes of attention scores at a time: on CPU what stays in its caches.
+CPU_SCORE_BYTES, DEVICE_SCORE_BYTES = 16 << 20, 512 << 20
 
 
 @dataclass
@@ -98,6 +99,10 @@ class ProjectionRecorder:
             handle.remove()
 
 
+def score_bytes(device_type: str) -> int:
+    return CPU_SCORE_BYTES if device_type == "cpu" else DEVICE_SCORE_BYTES
+
+
 def attention_received(query: torch.Tensor, key: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
     """How much of their queries' causal attention each token gets [B, T, G], as a mean over the H / G query heads.
 
@@ -106,7 +111,7 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, documents: torch.
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     received = torch.zeros(batch, groups, length, dtype=torch.float32, device=query.device)
-    rows = max(1, SCORE_BYTES // (4 * batch * heads * length))
+    rows = max(1, score_bytes(query.device.type) // (4 * batch * heads * length))
     transposed = key.transpose(2, 3).unsqueeze(2)  # [B, G, 1, C, T]
     for start in range(0, length, rows):
         part = slice(start, min(start + rows, length))

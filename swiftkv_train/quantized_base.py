@@ -22,10 +22,14 @@ Quantization = Literal["int8", "nf4"]
 BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
+def quiet_bitsandbytes() -> None:
+    """It would say which kernels of a hub it does not find, and at every product that int8 takes its inputs in fp16."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def import_bitsandbytes(needed_by: str) -> Any:
     """The package. Raises UserError where it is not installed."""
-    # It would say which kernels of a hub it does not find, and at every product that int8 takes its inputs in fp16.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     try:
         import bitsandbytes
     except ImportError:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import Model, load_model
+from swiftkv_train.quantized_base import quiet_bitsandbytes
 from swiftkv_train.recipe import LoraSection, Recipe
 
 
@@ -55,6 +56,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def add_adapters(model: LlamaSwiftKVForCausalLM, lora: LoraSection) -> None:
     """Put low-rank adapters, which change nothing yet, on the tail's projections."""
+    quiet_bitsandbytes()  # which peft imports where it is installed
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

@@ -29,7 +29,7 @@ from torch import nn
 from swiftkv_kernels.causal_attention import BLOCK
 from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import SCORE_BYTES
+from swiftkv_train.calibrate import score_bytes
 from swiftkv_train.loading import dtype_of
 from swiftkv_train.quantized_base import BYTES, quantizable_layers
 from swiftkv_train.recipe import Recipe
@@ -134,7 +134,7 @@ def _calibration(model: LlamaSwiftKVForCausalLM, recipe: Recipe, tail: TailMemor
     # Of a batch: the base's queries, keys and values of all tail layers, and a layer's states in fp32 and twice.
     recorded = tail.layers * tail.state(tail.query + 2 * tail.key_value)
     layer = tail.tokens * (2 * tail.hidden + 4 * tail.key_value) * FP32
-    return weights + sums + recorded + layer + 2 * SCORE_BYTES
+    return weights + sums + recorded + layer + 2 * score_bytes(device)
 
 
 def _frozen_bytes(model: LlamaSwiftKVForCausalLM, recipe: Recipe, frozen: int, itemsize: int) -> int:

@@ -232,7 +232,7 @@ def test_attention_received_in_blocks_is_that_of_the_whole(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 37, 8, generator=generator) for heads in (6, 2))
     documents = (torch.arange(37) // 15).expand(2, 37)
-    monkeypatch.setattr(calibrate, "SCORE_BYTES", 4 * 2 * 6 * 37 * 5)  # five rows at a time
+    monkeypatch.setattr(calibrate, "CPU_SCORE_BYTES", 4 * 2 * 6 * 37 * 5)  # five rows at a time
     found = calibrate.attention_received(query, key, documents)
     scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 8**-0.5
     visible = torch.ones(37, 37, dtype=torch.bool).tril() & (documents[0, :, None] == documents[0, None])
