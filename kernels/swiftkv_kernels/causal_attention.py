@@ -121,7 +121,7 @@ def _blocks(
         part = slice(start * ratio, end * ratio)
         first = 0 if allowed is None else _first_seen(allowed[:, 0, start:end, :start])
         seen = slice(first, end)
-        with _half_precision_products(rows.dtype):
+        with half_precision_products(rows.dtype):
             scores = torch.bmm(rows[:, part].to(dtype), transposed[:, :, seen]).mul_(scaling)
         by_position = scores.view(batch, groups, size, ratio, end - first)
         if allowed is None:
@@ -143,7 +143,7 @@ def _first_seen(allowed: Tensor) -> int:
 
 
 @contextmanager
-def _half_precision_products(dtype: torch.dtype) -> Iterator[None]:
+def half_precision_products(dtype: torch.dtype) -> Iterator[None]:
     """fp32 products of tensors that hold bf16 values may run on the bf16 units: nothing is rounded, sums stay fp32."""
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
     before = getattr(settings, "fp32_precision", None)

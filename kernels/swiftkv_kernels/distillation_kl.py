@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from swiftkv_kernels.backends import device_backend, resolve_backend
 
 tl: Any = None  # triton.language, set by _row_kernel(): a kernel looks its language up in its module
 
@@ -56,7 +56,7 @@ def distillation_kl(
     backend 'cpu', 'torch' or 'triton' overrules `distillation_kl_backend`. Raises ValueError on misfits.
     """
     _check(student_hidden, teacher_hidden, head_weight, temperature, chunk_bytes)
-    chosen = _resolve_backend(backend, head_weight)
+    chosen = resolve_backend(backend, head_weight)
     settings = (teacher_hidden, head_weight, float(temperature), chunk_bytes, chosen)
     if torch.is_grad_enabled() and student_hidden.requires_grad:
         return _DistillationKL.apply(student_hidden, *settings)
@@ -82,10 +82,7 @@ def distillation_kl_backend(device: torch.device | str) -> str:
 
     An fp64 head takes 'torch' in place of 'triton'.
     """
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return "cpu"
-    return "triton" if kind == "cuda" and importlib.util.find_spec("triton") else "torch"
+    return device_backend(device)
 
 
 def distillation_kl_bytes(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
@@ -343,25 +340,6 @@ def _even_chunk(rows: int, limit: int) -> int:
     limit = max(1, limit // step * step)
     even = math.ceil(rows / max(1, math.ceil(rows / limit)))
     return max(1, min(rows, limit, math.ceil(even / step) * step))
-
-
-def _resolve_backend(backend: str | None, head_weight: Tensor) -> str:
-    device, double = head_weight.device, head_weight.dtype == torch.float64
-    if backend is None:
-        backend = distillation_kl_backend(device)
-        return "torch" if backend == "triton" and double else backend
-    if backend not in {"cpu", "torch", "triton"}:
-        raise ValueError(f"backend must be 'cpu', 'torch' or 'triton', not {backend!r}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' cannot take tensors on {device}")
-    if backend == "triton" and double:
-        raise ValueError("backend 'triton' computes in fp32: an fp64 head needs backend 'torch'")
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
-    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreted):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 for CPU ones; these are on {device}"
-        )
-    return backend
 
 
 def _check(student: Tensor, teacher: Tensor, head: Tensor, temperature: float, chunk_bytes: int | None) -> None:

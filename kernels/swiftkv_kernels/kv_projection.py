@@ -17,13 +17,12 @@ or by `kv_quantize`. Tokens go through in parts, so that what is held beside the
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from swiftkv_kernels.backends import device_backend, resolve_backend
 from swiftkv_kernels.kv_projection_triton import rotate_and_store
 from swiftkv_kernels.kv_quantize import LIMITS, kv_quantize, kv_quantize_reference
 
@@ -56,7 +55,7 @@ def kv_projection(
     cache ('triton' drops its token).
     """
     _check(hidden, weight, bias, cos, sin, slots, key_cache, value_cache, key_scale, value_scale)
-    backend = _resolve_backend(backend, hidden)
+    backend = resolve_backend(backend, hidden)
     batch, length, _ = hidden.shape
     if batch * length == 0:
         return
@@ -128,10 +127,7 @@ def kv_projection_backend(device: torch.device | str) -> str:
 
     fp64 takes 'torch' in place of 'triton'.
     """
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return "cpu"
-    return "triton" if kind == "cuda" and importlib.util.find_spec("triton") else "torch"
+    return device_backend(device)
 
 
 def _parts(batch: int, length: int, limit: int) -> Iterator[tuple[slice, slice]]:
@@ -217,25 +213,6 @@ def _put(states: Tensor, cache: Tensor, rows: Tensor, slots: Tensor, some_writte
         slots = slots.clamp_min(0)
         states = torch.where(some_written[(..., *[None] * (cache.ndim - 2))], states, by_slot[rows, slots])
     by_slot.index_put_((rows, slots), states)
-
-
-def _resolve_backend(backend: str | None, hidden: Tensor) -> str:
-    device, double = hidden.device, hidden.dtype == torch.float64
-    if backend is None:
-        backend = kv_projection_backend(device)
-        return "torch" if backend == "triton" and double else backend
-    if backend not in {"cpu", "torch", "triton"}:
-        raise ValueError(f"backend must be 'cpu', 'torch' or 'triton', not {backend!r}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' cannot take tensors on {device}")
-    if backend == "triton" and double:
-        raise ValueError("backend 'triton' computes in fp32: fp64 needs backend 'torch'")
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
-    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreted):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 for CPU ones; these are on {device}"
-        )
-    return backend
 
 
 def _check(

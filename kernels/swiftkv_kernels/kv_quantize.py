@@ -54,7 +54,7 @@ def kv_dequantize(quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype, not {dtype}")
     if quantised.dtype == torch.float8_e4m3fn and quantised.device.type == "cpu":
-        quantised = _float16(quantised)
+        quantised = float16_of_float8(quantised)
     states = quantised.to(torch.promote_types(dtype, torch.float32))
     return states.mul_(scale.unsqueeze(-1)).to(dtype)
 
@@ -73,7 +73,7 @@ def kv_quantize_backend(device: torch.device | str) -> str:
     return "cpu" if torch.device(device).type == "cpu" else "torch"
 
 
-def _float16(quantised: Tensor) -> Tensor:
+def float16_of_float8(quantised: Tensor) -> Tensor:
     """float8_e4m3fn as fp16, exactly (but NaN: 480), by moving bits: torch casts one at a time on CPU, 7 times slower.
 
     Sign, 4 bits of exponent and 3 of mantissa land where fp16 has its sign, the low 4 of 5 and the high 3 of 10, which

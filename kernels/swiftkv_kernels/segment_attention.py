@@ -21,14 +21,13 @@ Each part gives an output and its natural log-sum-exp, and these merge exactly, 
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swiftkv_kernels.backends import device_backend, resolve_backend
 from swiftkv_kernels.kv_quantize import LIMITS
 from swiftkv_kernels.segment_attention_torch import segment_attention_torch
 from swiftkv_kernels.segment_attention_triton import segment_attention_triton
@@ -80,7 +79,7 @@ def segment_attention(
         prefix = prefix if prefix.key.numel() else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, pinned_query, key, value)):
         raise ValueError("segment_attention has no backward pass: call it under torch.no_grad()")
-    triton = _resolve_backend(backend, query) == "triton"
+    triton = resolve_backend(backend, query) == "triton"
     if query.numel() == 0:
         return torch.empty_like(query)
     if key_positions is None and triton:
@@ -107,10 +106,7 @@ def segment_attention_backend(device: torch.device | str) -> str:
 
     fp64 takes 'torch' in place of 'triton'.
     """
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return "cpu"
-    return "triton" if kind == "cuda" and importlib.util.find_spec("triton") else "torch"
+    return device_backend(device)
 
 
 def segment_attention_reference(
@@ -231,24 +227,3 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
             f"{name} must be {dtype} {tuple(shape)} on {query.device}, not {tensor.dtype} {tuple(tensor.shape)} on "
             f"{tensor.device}"
         )
-
-
-def _resolve_backend(backend: str | None, query: Tensor) -> str:
-    device, double = query.device, query.dtype == torch.float64
-    if backend is None:
-        backend = segment_attention_backend(device)
-        backend = "torch" if backend == "triton" and double else backend
-    if backend not in {"cpu", "torch", "triton"}:
-        raise ValueError(f"backend must be 'cpu', 'torch' or 'triton', not {backend!r}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' cannot take tensors on {device}")
-    if backend != "triton":
-        return backend
-    if double:
-        raise ValueError("backend 'triton' computes in fp32: fp64 needs backend 'torch'")
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 for CPU ones; these are on {device}"
-        )
-    return backend

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from swiftkv_kernels.causal_attention import _half_precision_products
-from swiftkv_kernels.kv_quantize import _float16
+from swiftkv_kernels.causal_attention import half_precision_products
+from swiftkv_kernels.kv_quantize import float16_of_float8
 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"  # private, but the only one on CPU that gives a log-sum-exp
 BLOCK = 128  # queries
@@ -287,7 +287,7 @@ def _products(
     # fp16 would lose weights that a small scale makes smaller still.
     weight_dtype = rows.dtype if rows.dtype == torch.bfloat16 else dtype
     queries, key = rows.to(dtype).flatten(2, 3).flatten(0, 1), _unpacked(keys.key, dtype).flatten(0, 1)
-    with _half_precision_products(rows.dtype):
+    with half_precision_products(rows.dtype):
         scores = torch.bmm(queries, key.transpose(1, 2)).view(*rows.shape[:-1], -1)
     scores.mul_(scaling if keys.key_scale is None else keys.key_scale[:, :, None, None].to(dtype) * scaling)
     if change is not None:
@@ -311,7 +311,7 @@ def _without_blind(output: Tensor, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]
 
 def _unpacked(stored: Tensor, dtype: torch.dtype) -> Tensor:
     # Through fp32: torch converts fp16 to bf16 one at a time.
-    return (_float16(stored).float() if stored.dtype == torch.float8_e4m3fn else stored).to(dtype)
+    return (float16_of_float8(stored).float() if stored.dtype == torch.float8_e4m3fn else stored).to(dtype)
 
 
 def _accumulate(rows: Tensor) -> torch.dtype:

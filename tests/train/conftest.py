@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from debug_recipe import write_recipe
+from swiftkv_train.cli import main
 from swiftkv_train.fetch import fetch
 from swiftkv_train.recipe import Recipe, load_recipe
 
@@ -59,3 +62,38 @@ def small_files() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def bench(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `swiftkv bench ARGUMENTS` beside recipe.yaml: exit status, standard output, standard error."""
+    make_recipe()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes that are started
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["swiftkv", "bench", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def result_of(bench: Callable[..., tuple[int, str, str]]) -> Callable[..., dict[str, Any]]:
+    """The result of `swiftkv bench ARGUMENTS`, with what all of them have checked."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        status, out, err = bench(*arguments, "--json", "--output", "results/result.json")
+        assert status == 0, err
+        result = json.loads(out)
+        assert result == json.loads(Path("results/result.json").read_text())
+        assert result["command"].startswith(f"swiftkv bench {arguments[0]}")
+        assert {"device", "threads", "python", "torch", "transformers", "date"} <= result["environment"].keys()
+        assert result["benchmark"]
+        assert all(line and "\n" not in line for line in result["summary"])
+        return result
+
+    return run

@@ -1,18 +1,15 @@
 """The inference benchmarks: what they compare with is right, and each runs on the debug model in seconds."""
 
 import importlib
-import json
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from swiftkv_models import rewrite
+from swiftkv_models import rewrite, segment_cache
 from swiftkv_models.segment_cache import SinkWindowCache
 from swiftkv_train.bench import baselines, kv_memory, relay, relay_model, rerotate, shared_storage, stream
-from swiftkv_train.cli import main
 from swiftkv_train.loading import load_model
 
 WINDOW, SINKS = 16, 4
@@ -30,40 +27,20 @@ def model(base, request):
 
 
 @pytest.fixture
-def random_ids():
-    return torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def bench(make_recipe, monkeypatch, capsys):
-    """Run `swiftkv bench ARGUMENTS`: exit status, standard output, standard error."""
-    make_recipe()
+def result_of(result_of):
+    """These draw their results too."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["swiftkv", "bench", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def result_of(bench):
-    """The result of `swiftkv bench ARGUMENTS`, with what all of them have checked."""
-
-    def run(*arguments):
-        status, out, err = bench(*arguments, "--json", "--output", "results/result.json")
-        assert status == 0, err
-        result = json.loads(out)
-        assert result == json.loads(Path("results/result.json").read_text())
+        result = result_of(*arguments)
         assert Path("results/result.png").read_bytes().startswith(b"\x89PNG")
-        assert result["command"].startswith(f"swiftkv bench {arguments[0]} ")
-        assert {"device", "threads", "dtype", "torch", "transformers", "date"} <= result["environment"].keys()
-        assert all(line and "\n" not in line for line in result["summary"])
         return result
 
     return run
+
+
+@pytest.fixture
+def random_ids():
+    return torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(0))
 
 
 def check_contenders(cells, ours, repeats):
@@ -232,7 +209,8 @@ def test_targets_are_of_the_worst_length():
     assert (re_rotate["found"], re_rotate["wanted"], re_rotate["reached"]) == (1.2, 1.46, False)
 
 
-def test_relay(result_of):
+def test_relay(result_of, monkeypatch):
+    monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)  # of so small a model it would not
     model = ["--model", "models/debug", "--model-batch", "1,3", "--model-prefix", "48"]
     result = result_of("relay", "--batch", "1,4", "--prefix", "64,16", "--suffix", "8", "--repeats", "3", *model)
     assert [(row["prefix"], row["batch"]) for row in result["rows"]] == [(16, 1), (16, 4), (64, 1), (64, 4)]
