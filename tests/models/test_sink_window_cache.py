@@ -4,6 +4,8 @@ Models are fp64. transformers keeps RoPE's frequencies in fp32 (2e-8 off at thes
 of logits of size 10 with the naive code: 1e-5. Between two ways through our own code nothing but rounding differs.
 """
 
+import copy
+
 import pytest
 import torch
 from naive_streaming import naive_streaming_logits
@@ -375,3 +377,21 @@ def test_either_attention_of_transformers_will_do(attention):
     fresh = base_model()
     fresh.set_attn_implementation(attention)
     assert torch.equal(ordinary, fresh.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None))
+
+
+def test_a_model_that_has_streamed_is_saved_copied_and_cast(tmp_path):
+    """Its tail's projections are views of one matrix then, which nothing else may notice."""
+    model, ids = swiftkv_model(dtype=torch.float32), random_ids(1, 9)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+    def stream(of):
+        return of.generate(ids, past_key_values=SinkWindowCache(of.config, window=4, attention_sinks=2), **options)
+
+    answer = stream(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(stream(copy.deepcopy(model)), answer)
+    assert torch.equal(stream(model.to(torch.float64)), answer)
