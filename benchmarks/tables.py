@@ -106,11 +106,12 @@ def against(row: dict[str, Any], what: str, file: str) -> list[str]:
 
 def stream_rows(stream: dict[str, Any]) -> list[str]:
     """Of every window the longest stream, at which all were measured."""
+    model, file = ("base model", "stream_base.json") if stream["model_type"] == "llama" else ("SwiftKV", "stream.json")
     longest = {row["window"]: row for row in stream["rows"]}
     lines = []
     for window, row in longest.items():
-        what = f"a token of a stream, window {row['sinks']} + {window:,}, {row['tokens']:,} tokens on"
-        lines += against(row, what, "stream.json")
+        what = f"a token of a stream, {model}, window {row['sinks']} + {window:,}, {row['tokens']:,} tokens on"
+        lines += against(row, what, file)
     return lines
 
 
@@ -153,6 +154,7 @@ def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
 
 INFERENCE: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stream.json": stream_rows,
+    "stream_base.json": stream_rows,
     "relay.json": relay_rows,
     "decode.json": decode_rows,
     "kv_memory.json": kv_memory_rows,

@@ -288,6 +288,36 @@ def bench_init(
     _finish_bench(measure(recipe, overrides), output, as_json)
 
 
+@bench_app.command(
+    "quality",
+    epilog=_example(
+        "swiftkv bench quality recipes/smollm2-135m/quality/reference.yaml recipes/smollm2-135m/quickstart.yaml"
+    ),
+)
+def bench_quality(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipe files, the one that the others are compared with first; also key=value for all of them.",
+            show_default=False,
+        ),
+    ],
+    runs: Annotated[
+        str, typer.Option(help="Directory of their run directories; unfinished ones are gone on from.")
+    ] = "outputs/quality",
+    points: Annotated[int, typer.Option(min=1, help="Measurements along each run, beside the first.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of every source that are measured on.")] = 4096,
+    on: Annotated[str, typer.Option(help="test or held_out: the recipes' sources that are measured on.")] = "test",
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Train variants of a recipe side by side: held-out KL, agreement and perplexity against training tokens."""
+    from swiftkv_train.bench.plots import draw_quality
+    from swiftkv_train.bench.quality import measure
+
+    _finish_bench(measure(recipes, runs, points, tokens, on), output, as_json, draw_quality)
+
+
 @bench_app.command("step", epilog=_example("swiftkv bench step models/smollm2-135m"))
 def bench_step(
     model: Annotated[str, typer.Argument(help="Base model.")],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+TRAINED_ON, OTHER_KINDS, ALL = "all kinds trained on", "other kinds", "all together"
 
 
 @dataclass
@@ -50,3 +53,29 @@ def summarise(measures: torch.Tensor) -> Quality:
     """The means of `token_measures` rows [N, 4], N > 0."""
     kl, agreement, base_nll, student_nll = measures.double().mean(0).tolist()
     return Quality(len(measures), kl, agreement, math.exp(base_nll), math.exp(student_nll))
+
+
+def pooled(parts: Sequence[Quality]) -> Quality:
+    """The means over the tokens of all parts."""
+    total = sum(part.tokens for part in parts)
+
+    def mean(figure: Callable[[Quality], float]) -> float:
+        return sum(part.tokens * figure(part) for part in parts) / total
+
+    return Quality(
+        tokens=total,
+        kl=mean(lambda part: part.kl),
+        agreement=mean(lambda part: part.agreement),
+        base_perplexity=math.exp(mean(lambda part: math.log(part.base_perplexity))),
+        student_perplexity=math.exp(mean(lambda part: math.log(part.student_perplexity))),
+    )
+
+
+def by_kind(found: Mapping[str, Quality], trained: set[str]) -> dict[str, Quality]:
+    """Sources pooled: those whose name is among the `trained` ones, the others, and all; where there are any."""
+    groups = {
+        TRAINED_ON: [quality for name, quality in found.items() if name in trained],
+        OTHER_KINDS: [quality for name, quality in found.items() if name not in trained],
+        ALL: list(found.values()),
+    }
+    return {group: pooled(parts) for group, parts in groups.items() if parts}

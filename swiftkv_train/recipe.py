@@ -1,7 +1,8 @@
 """Recipes: one YAML file that states a whole run, checked before anything is loaded.
 
 Unknown keys are refused with the file, the key's path and the nearest right key. `key=value` overrides use dotted
-paths (`training.steps=200`). Paths inside a recipe are relative to the directory the command is run in.
+paths (`training.steps=200`). Paths inside a recipe are relative to the directory the command is run in, except that of
+`extends: other.yaml`, which is relative to the recipe: whatever a recipe leaves out is as in the one it extends.
 """
 
 from __future__ import annotations
@@ -286,30 +287,57 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or is out of range.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    return parse_recipe(text, str(path), overrides)
+    return parse_recipe(_read(Path(path)), str(path), overrides)
 
 
 def parse_recipe(text: str, origin: str, overrides: list[str] | None = None) -> Recipe:
     """`load_recipe` for text already read; `origin` names it in errors."""
-    try:
-        content = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {origin} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {origin} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
+    content = _content(text, Path(origin), [])
     for override in overrides or []:
         _apply_override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(f"recipe {origin}: {_first_problem(error)}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+
+
+def _content(text: str, origin: Path, extending: list[Path]) -> dict[str, Any]:
+    """What a recipe says, together with those it extends; `extending`: the files that have led here."""
+    try:
+        content = yaml.load(text, Loader=RecipeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {origin} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {origin} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
+    if "extends" not in content:
+        return content
+    extended = content.pop("extends")
+    if not isinstance(extended, str):
+        raise UserError(f"recipe {origin}: extends must be the path of another recipe (found {extended!r})")
+    path, extending = origin.parent / extended, [*extending, origin.resolve()]
+    if path.resolve() in extending:
+        raise UserError(f"recipe {origin}: extends leads back to {path}")
+    if not path.is_file():
+        raise UserError(f"recipe {origin}: extends {extended}, but {path} is not a file")
+    return _merged(_content(_read(path), path, extending), content)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; a list is replaced as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -40,7 +40,7 @@ class _Keys(NamedTuple):
 
     key: Tensor
     value: Tensor
-    positions: Tensor | None  # None: a single query sees them all
+    positions: Tensor | None  # None: a single query sees them all; of a prefix, indices
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
 
@@ -84,8 +84,7 @@ def segment_attention_torch(
     batch, heads, length, size = query.shape
     groups, slots = key.shape[1:3]
     if key_positions is None and prefix is None and key_scale is None and (pinned_query is None or not pinned):
-        rows = query.reshape(batch, groups, heads // groups, size)  # one query, and all of it visible: nothing to merge
-        return functional.scaled_dot_product_attention(rows, key, value, scale=scaling).reshape(query.shape)
+        return attend_all(query, key, value, scaling)
     shape = (batch, groups, heads // groups, length, size)
     rows = query.reshape(shape)
     pinned_rows = rows if pinned_query is None else pinned_query.reshape(shape)
@@ -102,6 +101,13 @@ def segment_attention_torch(
         partials.append(_prefix(pinned_rows, query_positions, prefix, scaling))
     output = partials[0][0] if len(partials) == 1 else merge_partials(*zip(*partials, strict=True))[0]
     return output.reshape(query.shape).to(query.dtype)
+
+
+def attend_all(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """One query a row, [B, H, 1, C], to which all K and V [B, G, N, C] are visible; nothing is checked."""
+    batch, heads, _, size = query.shape
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
+    return functional.scaled_dot_product_attention(rows, key, value, scale=scaling).reshape(query.shape)
 
 
 def merge_partials(outputs: Sequence[Tensor], log_sum_exps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,8 +193,10 @@ def _in_blocks(
         part = slice(start, start + size)
         hidden = None
         if (some, some_end) != (every, every_end):
-            assert seen.positions is not None
-            hidden = _hidden(query_positions[:, part], seen.positions, window)
+            at = seen.positions
+            if at is None:  # positions are indices
+                at = torch.arange(some, max(some, some_end), dtype=torch.int32, device=rows.device)[None]
+            hidden = _hidden(query_positions[:, part], at, window)
         partials.append(_attend(rows[..., part, :], seen, hidden, None, scaling))
     return _joined(partials, dim=3)
 
@@ -202,8 +210,7 @@ def _prefix(
     """Of every row, the part that is its group's prefix."""
     key, value, lengths, groups, *scales = prefix
     _, kv_heads, ratio, length, size = rows.shape
-    positions = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(len(key), -1)
-    stored, counts = _Keys(key, value, positions, *scales), lengths.tolist()
+    stored, counts = _Keys(key, value, None, *scales), lengths.tolist()
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups.tolist()):
         members.setdefault(group, []).append(row)

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from swiftkv_kernels.causal_attention import causal_attention
 from swiftkv_kernels.kv_quantize import kv_dequantize, kv_quantize
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
+from swiftkv_kernels.segment_attention_torch import attend_all
 from swiftkv_models.rope import rotate
 from swiftkv_models.shared_prefix import stack_prefixes
 
@@ -147,6 +148,8 @@ class SegmentLayer(CacheLayerMixin):
             None if self.key_scale is None else self.key_scale[:, :, :used],
             None if self.value_scale is None else self.value_scale[:, :, :used],
         )
+        if step.all_visible and step.rotation is None and self.prefix is None and self.key_scale is None:
+            return attend_all(query, held[0], held[1], scaling)
         positions = None if step.all_visible else self.cache.positions[:, :used]
         return self._attend(query, held, positions, step, scaling)
 

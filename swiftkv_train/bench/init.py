@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
+from swiftkv_train.quality import by_kind
 from swiftkv_train.recipe import load_recipe
-
-
-def _together(sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures over the tokens of all sources."""
-    total = sum(row["tokens"] for row in sources.values())
-
-    def mean(figure: Callable[[dict[str, Any]], float]) -> float:
-        return sum(row["tokens"] * figure(row) for row in sources.values()) / total
-
-    base = math.exp(mean(lambda row: math.log(row["base_perplexity"])))
-    student = math.exp(mean(lambda row: math.log(row["student_perplexity"])))
-    return {
-        "tokens": total,
-        "kl": mean(lambda row: row["kl"]),
-        "agreement": mean(lambda row: row["agreement"]),
-        "base_perplexity": base,
-        "student_perplexity": student,
-        "perplexity_ratio": student / base,
-    }
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
@@ -46,12 +26,9 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
                 raise UserError(f"recipe {recipe} names no data.test or data.held_out to measure on")
             distillation = Distillation(settings)
             distillation.prepare()
-            found[init] = {name: quality.to_dict() for name, quality in distillation.evaluate().items()}
-            trained = {source.name for source in settings.data.train}
-            kinds = {name: row for name, row in found[init].items() if name in trained}
-            found[init] |= {"all together": _together(found[init])}
-            if kinds:
-                found[init]["all kinds trained on"] = _together(kinds)
+            sources = distillation.evaluate()
+            sources |= by_kind(sources, {source.name for source in settings.data.train})
+            found[init] = {name: quality.to_dict() for name, quality in sources.items()}
     rows = {
         name: {
             "copied": found["copy"][name],

@@ -8,6 +8,7 @@ from typing import Any
 
 from swiftkv_train.bench.shared_storage import PER_REQUEST, PLAIN
 from swiftkv_train.errors import UserError
+from swiftkv_train.quality import OTHER_KINDS, TRAINED_ON
 
 COLOURS = {
     "ours": "#1f77b4",
@@ -148,4 +149,23 @@ def draw_kv_memory(result: dict[str, Any], pyplot: Any) -> Any:
         panels[1].bar_label(bars, fmt="%.1e", fontsize=7)
         panels[1].tick_params(axis="x", labelsize=6)
         panels[1].set_ylabel("KL, nats a token")
+    return figure
+
+
+def draw_quality(result: dict[str, Any], pyplot: Any) -> Any:
+    """KL over training tokens, a line a variant, a panel for each kind of text; both scales grow by factors."""
+    variants = result["variants"]
+    groups = [group for group in (TRAINED_ON, OTHER_KINDS) if group in variants[0]["points"][-1]]
+    figure, panels = _panels(pyplot, len(groups), height=4.2)
+    for axes, group in zip(panels, groups, strict=True):
+        for marker, variant in zip(MARKERS * len(variants), variants, strict=False):
+            points = [(point["tokens"], point[group]["kl"]) for point in variant["points"]]
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=variant["name"])
+        axes.set(title=group, xlabel="training tokens", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:,.0f}k")
+    panels[0].set_ylabel("KL(base || student), nats a token")
+    panels[0].legend(frameon=False, fontsize="small")
     return figure

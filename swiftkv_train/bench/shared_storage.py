@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
-from swiftkv_kernels.segment_attention_torch import merge_partials
+from swiftkv_kernels.segment_attention_torch import attend_all, merge_partials
 from swiftkv_models.shared_prefix import sharing_pays
 from swiftkv_train.bench.baselines import folded_attention
 from swiftkv_train.bench.turns import OURS
@@ -90,12 +90,14 @@ def ours(layer: LayerTensors) -> Attention:
     last = positions[:, -1:].contiguous()
     if not shares(layer):
         key, value = with_prefix(layer)
+        if device.type == "cpu":
+            return partial(attend_all, layer.query, key, value, layer.query.shape[-1] ** -0.5)
         return partial(segment_attention, layer.query, key, value, None, last, window=suffix, pinned=prefix)
+    # On CPU the cache knows that all slots are visible.
+    key_positions = None if device.type == "cpu" else positions
     lengths = torch.tensor([prefix], dtype=torch.int32, device=device)
     groups = torch.zeros(batch, dtype=torch.int32, device=device)
     segment = PrefixSegment(layer.prefix_key, layer.prefix_value, lengths, groups)
-    # On CPU the cache knows that all slots are visible.
-    key_positions = None if device.type == "cpu" else positions
     tensors = (layer.query, layer.key, layer.value, key_positions, last)
     return partial(segment_attention, *tensors, window=suffix, prefix=segment)
 

@@ -153,3 +153,46 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_the_stored_recipe_reads_back_as_the_same_recipe():
     recipe = parse(TEXT, "training.betas=[0.8, 0.9]", "logging.wandb.project=p")
     assert parse(recipe.to_yaml()) == recipe
+
+
+def extending(tmp_path, **files):
+    """Recipe files by name; returns the first one's path."""
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path / f"{next(iter(files))}.yaml"
+
+
+def test_a_recipe_is_as_the_one_it_extends_but_for_what_it_says(tmp_path):
+    (tmp_path / "below").mkdir()
+    top = "extends: below/middle.yaml\ntraining: {steps: 7}\n"
+    middle = (
+        "extends: ../base.yaml\ntraining: {steps: 5, seed: 3}\nloss: {temperature: 1.5}\n"
+        "data: {held_out: [{name: only, path: p.txt}]}\n"
+    )
+    path = extending(tmp_path, top=top, base=TEXT, **{"below/middle": middle})
+    base, found = load_recipe(tmp_path / "base.yaml"), load_recipe(path, ["training.batch_size=2"])
+    wanted = base.model_copy(deep=True)
+    wanted.training.steps, wanted.training.seed, wanted.training.batch_size = 7, 3, 2
+    wanted.loss.temperature = 1.5
+    wanted.data.held_out = found.data.held_out
+    assert found == wanted
+    assert [source.name for source in found.data.held_out] == ["only"]  # a list is not added to
+    assert load_recipe(extending(tmp_path, stored=found.to_yaml())) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("extends: none.yaml\n", "top.yaml: extends none.yaml, but .*none.yaml is not a file"),
+        ("extends: 3\n", "top.yaml: extends must be the path of another recipe .found 3."),
+        ("extends: top.yaml\n", "top.yaml: extends leads back to .*top.yaml"),
+        ("extends: round.yaml\n", "round.yaml: extends leads back to .*top.yaml"),
+        ("extends: base.yaml\ntraining: {stpes: 3}\n", "top.yaml: unknown key 'training.stpes'; .*'?steps"),
+        ("extends: broken.yaml\n", "broken.yaml is not YAML"),
+    ],
+)
+def test_a_recipe_that_cannot_extend_says_why(tmp_path, text, says):
+    path = extending(tmp_path, top=text, base=TEXT, round="extends: top.yaml\n", broken="a: [\n")
+    with pytest.raises(UserError, match=says) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,170 @@
+"""`swiftkv bench quality`: recipes side by side, their held-out quality against training tokens.
+
+Every recipe is a variant and trains in a run directory of its own under `runs`, named as its file; what is there of an
+earlier call is gone on from, or taken as it is once it has ended. All variants have the same base and seeds and are
+measured on the same text: the kinds trained on, and others. The first recipe is the one that the others are compared
+with: how many tokens each needs to be as near to the base as that one is at its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swiftkv_train.distill import Distillation
+from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.evaluate import environment
+from swiftkv_train.origin import recipe_origin
+from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
+from swiftkv_train.recipe import Recipe, Source, load_recipe
+from swiftkv_train.run_directory import RunDirectory
+
+TEST, HELD_OUT = "test", "held_out"
+GROUPS = (TRAINED_ON, OTHER_KINDS, ALL)
+
+
+def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: str) -> dict[str, Any]:
+    """`arguments`: recipe files, and `key=value` overrides for all of them. `points`: measurements along each run, on
+    `tokens` of every source of the recipes' data.test or data.held_out (`on`)."""
+    if on not in (TEST, HELD_OUT):
+        raise UserError(f"--on {on!r} is not known; use {TEST} or {HELD_OUT}")
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    recipes = _recipes(files, overrides, Path(runs), points, tokens, on)
+    model = None
+    variants = []
+    for name, recipe in recipes.items():
+        variant, model = _variant(name, recipe)
+        variants.append(variant)
+    settings = {name: recipe_origin(recipe) for name, recipe in recipes.items()}
+    reference = settings[variants[0]["name"]]
+    differing = [
+        key
+        for key in dict.fromkeys(key for keys in settings.values() for key in keys)
+        if any(keys.get(key) != reference.get(key) for keys in settings.values())
+    ]
+    for variant in variants:
+        variant["settings"] = {key: settings[variant["name"]].get(key) for key in differing}
+        variant["as_good_as_first"] = _as_good_as(variant, variants[0])
+    options = f"--points {points} --tokens {tokens}" + (f" --on {on}" if on != TEST else "")
+    return {
+        "benchmark": "held-out quality against training tokens",
+        "command": " ".join(["swiftkv bench quality", *arguments, options]),
+        "environment": environment(model),
+        "measured_on": on,
+        "variants": variants,
+        "summary": [line for variant in variants for line in _lines(variant, variants[0]["name"])],
+    }
+
+
+def _recipes(
+    files: Sequence[str], overrides: Sequence[str], runs: Path, points: int, tokens: int, on: str
+) -> dict[str, Recipe]:
+    """By name, each with its run directory and its points of measurement."""
+    if not files:
+        raise UserError("give the recipes to compare, the one that the others are compared with first")
+    recipes: dict[str, Recipe] = {}
+    for file in files:
+        name = Path(file).stem
+        if name in recipes:
+            raise UserError(f"two recipes are named {name}; a variant is called by its file's name")
+        recipe = load_recipe(file, [*overrides, f"training.output_dir={runs / name}"])
+        recipe.data.held_out = _measured(recipe, file, on)
+        recipe.training.evaluate_tokens = tokens
+        recipe.training.evaluate_every = math.ceil(recipe.training.steps / points)
+        recipes[name] = recipe
+    (first, one), *others = recipes.items()
+    for name, other in others:
+        for key, value in _shared(other).items():
+            if value != _shared(one)[key]:
+                raise UserError(f"{first} and {name} cannot be compared: {key} differs")
+    return recipes
+
+
+def _measured(recipe: Recipe, file: str, on: str) -> list[Source]:
+    sources = recipe.data.test if on == TEST else recipe.data.held_out
+    if not sources:
+        raise UserError(f"recipe {file} names no data.{on} to measure on")
+    return sources
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """What variants must agree in, by the name of its key."""
+    data, training = recipe.data, recipe.training
+    return {
+        "model": recipe.model,
+        "data.held_out or data.test": data.held_out,
+        "data.sequence_length": data.sequence_length,
+        "data.seed": data.seed,
+        "training.seed": training.seed,
+    }
+
+
+def _variant(name: str, recipe: Recipe) -> tuple[dict[str, Any], Any]:
+    """Train it, or what is left of it. Also its model."""
+    run = RunDirectory(recipe.training.output_dir)
+    distillation = Distillation(recipe, resume=run.recipe_path.exists())
+    distillation.report.line(f"variant     {name}")
+    status = distillation.train()
+    distillation.strategy.close()
+    if status:
+        raise RunError(f"{name} was stopped; the same command goes on from there")
+    trained = {source.name for source in recipe.data.train}
+    rows = run.metrics.rows()
+    tokens = recipe.training.batch_size * recipe.data.sequence_length
+    calibrated = recipe.rewrite.init == "calibrated"
+    return {
+        "name": name,
+        "calibration_tokens": recipe.calibration.tokens if calibrated else 0,
+        "train_seconds": sum(row["seconds"] for row in rows if "seconds" in row),
+        "points": [
+            {"tokens": row["step"] * tokens, "sources": row["held_out"], **_grouped(row["held_out"], trained)}
+            for row in rows
+            if "held_out" in row
+        ],
+    }, distillation.strategy.model
+
+
+def _grouped(sources: dict[str, dict[str, float]], trained: set[str]) -> dict[str, dict[str, float]]:
+    fields = {field.name for field in dataclasses.fields(Quality)}
+    found = {
+        name: Quality(**{key: value for key, value in row.items() if key in fields})  # type: ignore[arg-type]
+        for name, row in sources.items()
+    }
+    return {group: quality.to_dict() for group, quality in by_kind(found, trained).items()}
+
+
+def _as_good_as(variant: dict[str, Any], first: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """By kinds of text, the first's last KL, and the tokens after which this variant was measured to be no worse.
+
+    Tokens are those of training: a calibration reads `calibration_tokens` more, without a backward pass.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for group in GROUPS:
+        if group not in first["points"][-1]:
+            continue
+        kl = first["points"][-1][group]["kl"]
+        reached = [point["tokens"] for point in variant["points"] if point[group]["kl"] <= kl]
+        tokens = min(reached, default=None)
+        found[group] = {"kl": kl, "tokens": tokens}
+    return found
+
+
+def _lines(variant: dict[str, Any], first: str) -> list[str]:
+    lines = [f"{variant['name']}: {', '.join(f'{key}={value}' for key, value in variant['settings'].items())}"]
+    for point in variant["points"]:
+        figures = "; ".join(
+            f"{group}: KL {point[group]['kl']:.3f}, agreement {point[group]['agreement']:.1%}, perplexity ratio "
+            f"{point[group]['perplexity_ratio']:.3f}"
+            for group in (TRAINED_ON, OTHER_KINDS)
+            if group in point
+        )
+        lines.append(f"  {point['tokens']:>9,} tokens  {figures}")
+    for group, row in variant["as_good_as_first"].items():
+        when = "not reached" if row["tokens"] is None else f"after {row['tokens']:,} training tokens"
+        if variant["name"] != first:
+            lines.append(f"  {group}: {first}'s last KL, {row['kl']:.3f}, {when}")
+    return lines

@@ -1,0 +1,94 @@
+"""`swiftkv bench quality`: what it reports is what each variant's own run logged, and it goes on where it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from debug_recipe import metrics, write_recipe
+from swiftkv_train.bench import quality
+from swiftkv_train.quality import Quality, by_kind, pooled
+from swiftkv_train.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+TEST = [
+    {"name": "prose", "path": "data/debug/prose.held_out.jsonl"},
+    {"name": "elsewhere", "path": "data/debug/chats.held_out.jsonl"},
+]
+
+
+@pytest.fixture
+def variants(bench):
+    """Two recipes beside recipe.yaml, which differ in their start."""
+    write_recipe(Path("calibrated.yaml"), {"data.test": TEST})
+    Path("copied.yaml").write_text("extends: calibrated.yaml\nrewrite: {init: copy}\n")
+    return ["copied.yaml", "calibrated.yaml"]
+
+
+def test_every_point_is_of_the_variants_own_run(result_of, variants):
+    result = result_of("quality", *variants, "--points", "2", "--tokens", "256", "--runs", "runs", "training.steps=4")
+    assert [variant["name"] for variant in result["variants"]] == ["copied", "calibrated"]
+    for variant in result["variants"]:
+        logged = [row for row in metrics(Path("runs", variant["name"])) if "held_out" in row]
+        assert [point["tokens"] for point in variant["points"]] == [step * 8 * 64 for step in (0, 2, 4)]
+        for point, row in zip(variant["points"], logged, strict=True):
+            assert point["sources"] == row["held_out"]
+            assert point["all kinds trained on"]["kl"] == pytest.approx(row["held_out"]["prose"]["kl"])
+            assert point["other kinds"]["kl"] == pytest.approx(row["held_out"]["elsewhere"]["kl"])
+    copied, calibrated = result["variants"]
+    assert copied["settings"] == {"rewrite.init": "copy"}
+    assert calibrated["settings"] == {"rewrite.init": "calibrated"}
+    last = copied["points"][-1]["all together"]["kl"]
+    reached = [point["tokens"] for point in calibrated["points"] if point["all together"]["kl"] <= last]
+    assert calibrated["as_good_as_first"]["all together"] == {"kl": last, "tokens": min(reached, default=None)}
+    assert Path("results/result.png").stat().st_size > 5000
+
+
+def test_a_second_call_trains_nothing_again(bench, variants, monkeypatch):
+    call = ["quality", *variants, "--points", "1", "--tokens", "256", "--runs", "runs", "--json"]
+    status, first, _ = bench(*call)
+    assert status == 0
+    monkeypatch.setattr("swiftkv_train.distill.Distillation.train_step", lambda self: pytest.fail("trained again"))
+    status, second, _ = bench(*call)
+    assert status == 0
+    assert json.loads(second)["variants"] == json.loads(first)["variants"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["training.steps=2"], "give the recipes to compare"),
+        (["calibrated.yaml", "calibrated.yaml"], "two recipes are named calibrated"),
+        (["calibrated.yaml", "other.yaml"], "calibrated and other cannot be compared: data.sequence_length differs"),
+        (["calibrated.yaml", "none.yaml"], "recipe none.yaml does not exist"),
+        (["recipe.yaml"], "recipe recipe.yaml names no data.test to measure on"),
+        (["calibrated.yaml", "--on", "train"], "--on 'train' is not known; use test or held_out"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(bench, variants, arguments, says):
+    Path("other.yaml").write_text("extends: calibrated.yaml\ndata: {sequence_length: 32}\n")
+    status, out, error = bench("quality", *arguments)
+    assert (status, out) == (2, "")
+    assert says in error
+    assert error.count("\n") == 1
+    assert not Path("outputs/quality").exists()
+
+
+def test_pooling_weighs_sources_by_their_tokens():
+    one, other = Quality(100, 0.1, 0.5, 10.0, 20.0), Quality(300, 0.3, 0.7, 10.0, 10.0)
+    both = pooled([one, other])
+    assert (both.tokens, both.kl, both.agreement) == (400, pytest.approx(0.25), pytest.approx(0.65))
+    assert both.perplexity_ratio == pytest.approx(2**0.25)
+    assert both == by_kind({"a": one, "b": other}, {"b"})["all together"]
+    assert by_kind({"a": one, "b": other}, {"b"})["other kinds"].kl == one.kl
+    assert by_kind({"a": one}, {"b"}).keys() == {"other kinds", "all together"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes/smollm2-135m/quality").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_studys_recipes_can_be_compared(file):
+    reference, recipe = load_recipe(ROOT / "recipes/smollm2-135m/quality/reference.yaml"), load_recipe(file)
+    assert quality._shared(recipe) == quality._shared(reference)
+    assert (recipe.training.steps, recipe.training.batch_size) == (
+        reference.training.steps,
+        reference.training.batch_size,
+    )
