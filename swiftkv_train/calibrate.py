@@ -216,10 +216,8 @@ def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> lis
         solution, r2_keys, r2_values = _solve_layer(model, moments, layer - first, ridge)
         solutions[layer] = solution
         fits.append(LayerFit(layer, r2_keys, r2_values))
-    for leader in range(first, last):
-        members = [layer for layer in range(leader, last) if config.key_value_leader(layer) == leader]
-        if not members:
-            continue
+    for members in config.tail_groups:
+        leader = members[0]
         keys, values = solutions[leader] if len(members) == 1 else _share(model, moments, members, solutions)
         attention = model.model.layers[leader].self_attn
         for projection, shared in ((attention.k_proj_swiftkv, keys), (attention.v_proj_swiftkv, values)):

@@ -73,6 +73,10 @@ def plan(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Tokens of context that inference is counted at; default: data.sequence_length."),
     ] = None,
+    layers: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What `swiftkv calibrate RECIPE --layers FILE` wrote: also show what every l would lose."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run will train, compute and hold, by part, from the base's config alone: no weights, no GPU."""
@@ -88,6 +92,10 @@ def plan(
 
     limit = None if gpu_memory is None else round(gpu_memory * 2**30)
     result = run(checked, processes=processes, device=device, context=context, gpu_memory=limit)
+    if layers is not None:
+        from swiftkv_train.plan.layers import read
+
+        result["layers"] = read(layers, result)
     if as_json:
         _print_json(result)
     else:
@@ -115,8 +123,30 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json =
 
 
 @app.command(epilog=_example("swiftkv calibrate recipes/smollm2-135m/quickstart.yaml"))
-def calibrate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def calibrate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    layers: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Instead, predict from the calibration's tokens what every l and every grouping would lose: tables, "
+            "this JSON file and a plot beside it."
+        ),
+    ] = None,
+) -> None:
     """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, to export."""
+    if layers is not None:
+        from swiftkv_train.recipe import load_recipe
+
+        checked = load_recipe(recipe, overrides)
+        from swiftkv_train.layer_choice import predict
+        from swiftkv_train.plan.layers import write
+        from swiftkv_train.plan.report import print_layers
+
+        result = predict(checked)
+        write(result, layers)
+        print_layers(result)
+        return
     raise typer.Exit(_distil(recipe, overrides, calibrate_only=True))
 
 

@@ -62,6 +62,9 @@ class ModelSection(Section):
 class RewriteSection(Section):
     num_key_value_layers: int = Field(description="l: layers below it keep their own K/V; the tail starts at it.")
     key_value_group_size: int = Field(1, description="g: this many neighbouring tail layers share one K/V (AcrossKV).")
+    key_value_groups: list[list[int]] | None = Field(
+        None, description="The tail's layers in groups of any size, in place of g: [[15], [16, 17], [18, 19, 20], ...]."
+    )
     init: Literal["calibrated", "copy", "checkpoint"] = Field("calibrated", description="Where the tail starts from.")
     init_from: str | None = Field(None, description="Exported checkpoint to continue, with `init: checkpoint`.")
 
@@ -70,6 +73,16 @@ class RewriteSection(Section):
         if (self.init == "checkpoint") != (self.init_from is not None):
             raise ValueError("`init: checkpoint` and `init_from: DIR` go together")
         return self
+
+    @model_validator(mode="after")
+    def _one_way_of_grouping(self) -> RewriteSection:
+        if self.key_value_groups is not None and self.key_value_group_size != 1:
+            raise ValueError("`key_value_groups` takes the place of `key_value_group_size`; give one of them")
+        return self
+
+    def form(self) -> dict[str, Any]:
+        """What `swiftkv_models.rewrite` takes."""
+        return self.model_dump(include={"num_key_value_layers", "key_value_group_size", "key_value_groups"})
 
 
 class CalibrationSection(Section):

@@ -34,11 +34,7 @@ def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     if first == layers:
         raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
     try:
-        return rewrite(
-            base,
-            num_key_value_layers=recipe.rewrite.num_key_value_layers,
-            key_value_group_size=recipe.rewrite.key_value_group_size,
-        )
+        return rewrite(base, **recipe.rewrite.form())
     except RewriteError as error:
         raise UserError(f"rewrite: {error}") from None
 
@@ -152,7 +148,7 @@ def load_trained(model: LlamaSwiftKVForCausalLM, weights: Mapping[str, torch.Ten
 def load_exported_tail(model: LlamaSwiftKVForCausalLM, path: str) -> None:
     """Continue from an exported checkpoint (`init: checkpoint`)."""
     exported = load_model(path, dtype="float32", families=("llama_swiftkv",))
-    for name in ("num_key_value_layers", "key_value_group_size"):
+    for name in ("num_key_value_layers", "key_value_group_size", "key_value_groups"):
         if getattr(exported.config, name) != getattr(model.config, name):
             raise UserError(
                 f"rewrite.init_from {path} has {name}={getattr(exported.config, name)}, "

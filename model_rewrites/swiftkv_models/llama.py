@@ -7,7 +7,7 @@ With L layers, l = `num_key_value_layers` and g = `key_value_group_size`:
   l on, the *tail*, is a projection of that one tensor (SingleInputKV). So the K/V of a prompt token needs the trunk
   only, and the tail runs for just the positions whose logits are wanted (`logits_to_keep`);
 - g neighbouring tail layers share the K/V of the first of them, their *leader* (AcrossKV). The cache holds one K/V per
-  leader: (l + ceil((L - l) / g)) / L of the base's bytes.
+  leader: (l + ceil((L - l) / g)) / L of the base's bytes. `key_value_groups` lists groups of any size in place of g.
 
 With `base_projections` the tail keeps the base's own q/k/v_proj as well, and the same module is also the base model:
 `run_tail(..., base=True)`. That is how it is distilled; exported checkpoints drop them.
@@ -50,7 +50,7 @@ from swiftkv_models.tail_projection import TailProjection
 
 @strict
 class LlamaSwiftKVConfig(LlamaConfig):
-    """Llama's configuration with the two numbers of SwiftKV. Raises `ValueError` when they are out of range."""
+    """Llama's configuration with the layers of SwiftKV. Raises `ValueError` when they are out of range."""
 
     model_type = "llama_swiftkv"
 
@@ -59,6 +59,7 @@ class LlamaSwiftKVConfig(LlamaConfig):
     else:
         num_key_value_layers: int | None = None  # l; left out: all layers, the base model itself
     key_value_group_size: int = 1  # g
+    key_value_groups: list[list[int]] | None = None  # the tail's layers, in groups of any size, in place of g
     swiftkv: bool = True
     base_projections: bool = False
 
@@ -75,17 +76,29 @@ class LlamaSwiftKVConfig(LlamaConfig):
         largest = max(1, last - first)
         if not 1 <= self.key_value_group_size <= largest:
             raise ValueError(f"key_value_group_size is {self.key_value_group_size}; this model allows 1 to {largest}")
+        groups = self.key_value_groups
+        if groups is None:
+            return
+        if self.key_value_group_size != 1:
+            raise ValueError("key_value_groups and key_value_group_size do not go together; give one of them")
+        if not all(groups) or [layer for group in groups for layer in group] != list(range(first, last)):
+            raise ValueError(
+                f"key_value_groups must be lists of neighbouring layers, all of {first} to {last - 1} in their order, "
+                f"like [[{first}], [{first + 1}, ...], ...]"
+            )
 
-    def key_value_leader(self, layer_idx: int) -> int:
-        """The layer whose K/V `layer_idx` attends to: itself in the trunk, the first of its group in the tail."""
-        first = self.num_key_value_layers
-        return layer_idx if layer_idx < first else layer_idx - (layer_idx - first) % self.key_value_group_size
+    @property
+    def tail_groups(self) -> list[list[int]]:
+        """The tail's layers in the groups that share K/V."""
+        if self.key_value_groups is not None:
+            return self.key_value_groups
+        first, last, size = self.num_key_value_layers, self.num_hidden_layers, self.key_value_group_size
+        return [list(range(leader, min(leader + size, last))) for leader in range(first, last, size)]
 
     @property
     def num_cached_layers(self) -> int:
-        """Number of K/V tensors a cache holds: l + ceil((L - l) / g)."""
-        tail = self.num_hidden_layers - self.num_key_value_layers
-        return self.num_key_value_layers + -(-tail // self.key_value_group_size)
+        """Number of K/V tensors a cache holds: l, and one of every group."""
+        return self.num_key_value_layers + len(self.tail_groups)
 
     # How transformers' caches learn that trailing entries store nothing: up to 5.17 the first form, then the second.
     @property
@@ -113,9 +126,8 @@ class LlamaSwiftKVAttention(LlamaAttention):
 
     def __init__(self, config: LlamaSwiftKVConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        first = config.num_key_value_layers
-        self.leader_idx = config.key_value_leader(layer_idx)
-        self.cache_idx = first + (layer_idx - first) // config.key_value_group_size
+        place, group = next((place, group) for place, group in enumerate(config.tail_groups) if layer_idx in group)
+        self.leader_idx, self.cache_idx = group[0], config.num_key_value_layers + place
         self.q_proj_swiftkv = nn.Linear(self.q_proj.in_features, self.q_proj.out_features, bias=config.attention_bias)
         if self.leader_idx == layer_idx:
             self.k_proj_swiftkv = nn.Linear(self.k_proj.in_features, self.k_proj.out_features, config.attention_bias)

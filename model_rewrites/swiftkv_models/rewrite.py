@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +21,11 @@ class RewriteError(ValueError):
 
 
 def rewrite(
-    base: PreTrainedModel, *, num_key_value_layers: int, key_value_group_size: int = 1
+    base: PreTrainedModel,
+    *,
+    num_key_value_layers: int,
+    key_value_group_size: int = 1,
+    key_value_groups: list[list[int]] | None = None,
 ) -> LlamaSwiftKVForCausalLM:
     """The SwiftKV form of `base`, sharing its tensors (nothing of the base is copied).
 
@@ -31,11 +36,16 @@ def rewrite(
         base: a causal language model of a known family.
         num_key_value_layers: l, 1 to the number of layers.
         key_value_group_size: g, 1 to the number of tail layers.
+        key_value_groups: the tail's layers in groups of any size, in place of g: [[15], [16, 17], [18, 19, 20], ...].
 
     Raises:
-        RewriteError: unknown family, l or g out of range, a tensor missing or unexpected, another SwiftKV form.
+        RewriteError: unknown family, l, g or groups out of range, a tensor missing or unexpected, another SwiftKV form.
     """
-    wanted = {"num_key_value_layers": num_key_value_layers, "key_value_group_size": key_value_group_size}
+    wanted = {
+        "num_key_value_layers": num_key_value_layers,
+        "key_value_group_size": key_value_group_size,
+        "key_value_groups": key_value_groups,
+    }
     if isinstance(base, LlamaSwiftKVForCausalLM):
         present = {name: getattr(base.config, name) for name in wanted}
         if present != wanted:
@@ -74,9 +84,10 @@ def rewrite(
 def _copied_start(config: LlamaSwiftKVConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     first, last = config.num_key_value_layers, config.num_hidden_layers
     norm = f"model.layers.{first}.input_layernorm.weight" if first < last else "model.norm.weight"
+    groups = {group[0]: group for group in config.tail_groups}
     start = {"model.norm_swiftkv.weight": weights[norm].detach().clone()}
     for layer in range(first, last):
-        members = [index for index in range(first, last) if config.key_value_leader(index) == layer]
+        members = groups.get(layer, [])
         for name in ("weight", "bias") if config.attention_bias else ("weight",):
             attention = f"model.layers.{layer}.self_attn"
             start[f"{attention}.q_proj_swiftkv.{name}"] = weights[f"{attention}.q_proj.{name}"].detach().clone()
@@ -88,8 +99,8 @@ def _copied_start(config: LlamaSwiftKVConfig, weights: dict[str, torch.Tensor]) 
     return start
 
 
-def _say(values: dict[str, int]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+def _say(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 def _last_line(error: Exception) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-WORTH_ON_CPU = 3 << 20  # bytes of K/V in a layer: 0.2 ms of reading
+# On CPU: bytes of K/V in a layer that are not read, 0.2 ms of it; and what a product of its own has to have.
+WORTH_ON_CPU, LEAST_ROWS_ON_CPU, LEAST_TOKENS_ON_CPU = 3 << 20, 3, 128
 
 
 class SharedPrefix:
@@ -98,7 +99,9 @@ def sharing_pays(rows: int, tokens: int, token_bytes: int, device: torch.device)
     What it saves must be worth a second part of attention, and the merge.
     """
     saved = (rows - 1) * tokens * 2 * token_bytes
-    return saved >= (WORTH_ON_CPU if device.type == "cpu" else 1)
+    if device.type != "cpu":
+        return saved > 0
+    return saved >= WORTH_ON_CPU and rows >= LEAST_ROWS_ON_CPU and tokens >= LEAST_TOKENS_ON_CPU
 
 
 def stack_prefixes(prefixes: Sequence[SharedPrefix], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

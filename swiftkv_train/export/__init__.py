@@ -113,10 +113,10 @@ def _write_hf(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
 def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
     config = model.config
     weights = model.state_dict()
-    for layer in range(config.num_key_value_layers, config.num_hidden_layers):
-        leader = config.key_value_leader(layer)
-        for name in list(weights):
-            if re.match(rf"model\.layers\.{leader}\.self_attn\.[kv]_proj_swiftkv\.", name):
+    for leader, *others in config.tail_groups:
+        shared = [n for n in weights if re.match(rf"model\.layers\.{leader}\.self_attn\.[kv]_proj_swiftkv\.", n)]
+        for layer in others:
+            for name in shared:
                 weights[name.replace(f"layers.{leader}.", f"layers.{layer}.", 1)] = weights[name].clone()
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)

@@ -13,13 +13,18 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 def model_card(config: LlamaSwiftKVConfig, provenance: dict[str, Any]) -> str:
     """README.md of a checkpoint: what it is, how to load it, what was measured on it."""
     base = provenance["base"]
-    first, layers, group = config.num_key_value_layers, config.num_hidden_layers, config.key_value_group_size
+    first, layers, groups = config.num_key_value_layers, config.num_hidden_layers, config.tail_groups
     cached = config.num_cached_layers / layers
     rows = [
         (name, quality["kl"], quality["agreement"], quality["base_perplexity"], quality["student_perplexity"])
         for name, quality in (provenance["held_out"] or {}).items()
     ]
-    sharing = f"groups of {group} tail layers share one K/V" if group > 1 else "every tail layer has a K/V of its own"
+    if all(len(group) == 1 for group in groups):
+        sharing = "every tail layer has a K/V of its own"
+    elif config.key_value_groups is None:
+        sharing = f"groups of {config.key_value_group_size} tail layers share one K/V"
+    else:
+        sharing = f"tail layers share one K/V in groups of {', '.join(str(len(group)) for group in groups)}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -49,7 +49,7 @@ def plan(
     model = model_on_meta(recipe)
     config = model.config
     base = copy.copy(config)
-    base.num_key_value_layers = config.num_hidden_layers
+    base.num_key_value_layers, base.key_value_groups = config.num_hidden_layers, None
     context = context or length
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     tokens, rank = training.batch_size * length, training.lora.rank if training.lora else 0
@@ -61,6 +61,7 @@ def plan(
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_layers": config.num_key_value_layers,
         "key_value_group_size": config.key_value_group_size,
+        "key_value_groups": config.key_value_groups,
         "parameters": {"trained": trained, "frozen": sum(p.numel() for p in model.parameters()) - trained},
         "training": {
             "steps": training.steps,
@@ -110,7 +111,7 @@ def model_on_meta(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype_of(recipe.model.dtype))
         try:
-            model = rewrite(base, num_key_value_layers=first, key_value_group_size=recipe.rewrite.key_value_group_size)
+            model = rewrite(base, **recipe.rewrite.form())
         except RewriteError as error:
             raise UserError(f"rewrite: {error}") from None
         if recipe.training.lora is not None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftkv_train.plan.advice import RESERVED
+from swiftkv_train.plan.layers import tables
 
 PARTS = {
     "weights": "weights",
@@ -24,13 +25,23 @@ def print_plan(plan: dict[str, Any]) -> None:
     console.print(_training(plan))
     console.print(_memory(plan["memory"]))
     console.print(_inference(plan["inference"]))
+    if "layers" in plan:
+        print_layers(plan["layers"])
+
+
+def print_layers(result: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    for table in tables(result):
+        console.print(table)
 
 
 def _training(plan: dict[str, Any]) -> Table:
     parameters, training = plan["parameters"], plan["training"]
     total = parameters["trained"] + parameters["frozen"]
     layers, first = plan["num_hidden_layers"], plan["num_key_value_layers"]
-    table = _table(f"{plan['base']}: {first} of {layers} layers for prompts, groups of {plan['key_value_group_size']}")
+    sizes = [len(group) for group in plan["key_value_groups"] or []] or [plan["key_value_group_size"]]
+    groups = ", ".join(map(str, sizes))
+    table = _table(f"{plan['base']}: {first} of {layers} layers for prompts, groups of {groups}")
     table.add_column("training")
     table.add_column("", justify="right")
     table.add_row("parameters trained", f"{parameters['trained']:,} ({parameters['trained'] / total:.1%})")

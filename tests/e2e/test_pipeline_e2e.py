@@ -136,15 +136,17 @@ def test_fetch_and_calibrate_and_export_without_a_step(tmp_path):
 
 
 def test_the_arctic_format_repeats_shared_keys_and_keeps_the_tails_own(workplace):
-    recipe = write_recipe(workplace / "recipe.yaml", {"rewrite.key_value_group_size": 3, "training.steps": 1})
+    changes = {"rewrite.key_value_groups": [[3], [4, 5]], "training.steps": 1}
+    recipe = write_recipe(workplace / "recipe.yaml", changes)
     assert run_here("distill", recipe, cwd=workplace).status == 0
     result = run_here("export", "outputs/debug/run", "--to", "arctic", "--format", "arctic", cwd=workplace)
     assert result.status == 0, result.err
     stored = load_file(workplace / "arctic/model.safetensors")
-    leader = stored["model.layers.3.self_attn.k_proj_swiftkv.weight"]
     base = load_file(workplace / "models/debug/model.safetensors")
+    keys = [stored[f"model.layers.{layer}.self_attn.k_proj_swiftkv.weight"] for layer in (3, 4, 5)]
+    assert torch.equal(keys[1], keys[2])
+    assert not torch.equal(keys[0], keys[1])
     for layer in (3, 4, 5):
-        assert torch.equal(stored[f"model.layers.{layer}.self_attn.k_proj_swiftkv.weight"], leader)
         own = f"model.layers.{layer}.self_attn.k_proj.weight"
         assert torch.equal(stored[own], base[own])
     config = json.loads((workplace / "arctic/config.json").read_text())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from naive_swiftkv import frequencies, rms_norm, rope
+from naive_swiftkv import frequencies, leader_of, rms_norm, rope
 
 
 def naive_streaming_logits(model, ids: torch.Tensor, window: int, sinks: int) -> torch.Tensor:
@@ -17,7 +17,6 @@ def naive_streaming_logits(model, ids: torch.Tensor, window: int, sinks: int) ->
     config, weights = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
     layers = config.num_hidden_layers
     first = getattr(config, "num_key_value_layers", layers)
-    group = getattr(config, "key_value_group_size", 1)
     eps, size = config.rms_norm_eps, config.head_dim
     ratio = config.num_attention_heads // config.num_key_value_heads
     inverse = frequencies(config)
@@ -38,7 +37,7 @@ def naive_streaming_logits(model, ids: torch.Tensor, window: int, sinks: int) ->
             if layer >= first:
                 if shared is None:
                     shared = rms_norm(h, weights["model.norm_swiftkv.weight"], eps)
-                suffix, source, leader = "_swiftkv", shared, first + (layer - first) // group * group
+                suffix, source, leader = "_swiftkv", shared, leader_of(config, layer)
             if leader == layer:
                 k, v = (linear(source, f"{prefix}.self_attn.{kind}_proj{suffix}").view(-1, size) for kind in ("k", "v"))
                 caches[layer].append((k, v))

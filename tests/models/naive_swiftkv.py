@@ -7,6 +7,13 @@ import math
 import torch
 
 
+def leader_of(config, layer: int) -> int:
+    if config.key_value_groups is not None:
+        return next(group[0] for group in config.key_value_groups if layer in group)
+    first, size = config.num_key_value_layers, config.key_value_group_size
+    return first + (layer - first) // size * size
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
@@ -42,7 +49,7 @@ def naive_logits(model, ids: torch.Tensor, positions: torch.Tensor | None = None
     """Logits [T, V] of one sequence of token ids [T] from the fp64 weights of a SwiftKV model."""
     config, weights = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
     positions = torch.arange(len(ids)) if positions is None else positions
-    first, group, eps = config.num_key_value_layers, config.key_value_group_size, config.rms_norm_eps
+    first, eps = config.num_key_value_layers, config.rms_norm_eps
     inverse = frequencies(config)
     ratio = config.num_attention_heads // config.num_key_value_heads
 
@@ -59,7 +66,7 @@ def naive_logits(model, ids: torch.Tensor, positions: torch.Tensor | None = None
         else:
             if layer == first:
                 shared = rms_norm(h, weights["model.norm_swiftkv.weight"], eps)
-            leader = first + (layer - first) // group * group
+            leader = leader_of(config, layer)
             q_name = f"{prefix}.self_attn.q_proj_swiftkv"
             kv_prefix, suffix, kv_input = f"model.layers.{leader}.self_attn", "_swiftkv", shared
         q = linear(normed, q_name).view(len(ids), -1, config.head_dim)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from naive_swiftkv import naive_logits
+from transformers import DynamicCache
 
 from swiftkv_models import rewrite
 from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
@@ -52,6 +53,19 @@ def test_agrees_with_a_second_implementation(family, first, group):
     ids = random_ids(13)
     logits, expected = model(ids[None]).logits[0], naive_logits(model, ids)
     assert torch.allclose(logits, expected, atol=FP32_ANGLES * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("groups", [[[2], [3], [4, 5]], [[2, 3, 4], [5]], [[2], [3, 4], [5]], [[2, 3, 4, 5]]])
+def test_groups_of_any_size_agree_with_a_second_implementation(groups):
+    model = randomise_tail(rewrite(tiny_llama("bias"), num_key_value_layers=2, key_value_groups=groups))
+    assert model.config.num_cached_layers == 2 + len(groups)
+    ids = random_ids(13)
+    expected = naive_logits(model, ids)
+    torch.testing.assert_close(model(ids[None]).logits[0], expected, atol=FP32_ANGLES * float(expected.std()), rtol=0)
+    cache = DynamicCache(config=model.config)
+    stepped = [model(ids[None, at : at + 1], past_key_values=cache).logits[0] for at in range(13)]
+    torch.testing.assert_close(torch.cat(stepped), model(ids[None]).logits[0], atol=EXACT, rtol=0)
+    assert sum(getattr(layer, "keys", None) is not None for layer in cache.layers) == 2 + len(groups)
 
 
 def test_the_second_implementation_notices_a_wrong_group():

@@ -49,6 +49,44 @@ def test_out_of_range_numbers_are_refused(first, group, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ([[3], [4]], "key_value_groups must be lists of neighbouring layers, all of 3 to 5 in their order"),
+        ([[3, 4, 5], []], "key_value_groups must be lists"),
+        ([[4, 3], [5]], "key_value_groups must be lists"),
+        ([[2, 3], [4, 5]], "key_value_groups must be lists"),
+        ([], "key_value_groups must be lists"),
+        ("3", "key_value_groups"),
+    ],
+)
+def test_groups_that_are_not_the_tail_are_refused(groups, says):
+    with pytest.raises(RewriteError, match=says) as error:
+        rewrite(tiny_llama(), num_key_value_layers=3, key_value_groups=groups)
+    assert "\n" not in str(error.value)
+
+
+def test_two_ways_of_grouping_are_refused():
+    with pytest.raises(RewriteError, match="do not go together"):
+        rewrite(tiny_llama(), num_key_value_layers=3, key_value_groups=[[3, 4], [5]], key_value_group_size=2)
+
+
+def test_groups_of_any_size_are_saved_and_loaded(tmp_path):
+    groups = [[2], [3, 4, 5]]
+    model = randomise_tail(rewrite(tiny_llama(), num_key_value_layers=2, key_value_groups=groups))
+    leaders = [layer for layer in range(2, 6) if hasattr(model.model.layers[layer].self_attn, "k_proj_swiftkv")]
+    assert leaders == [2, 3]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert loaded.config.key_value_groups == groups
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-12, rtol=0)
+    assert rewrite(loaded, num_key_value_layers=2, key_value_groups=groups) is loaded
+    with pytest.raises(RewriteError, match=r"already rewritten with .*key_value_groups"):
+        rewrite(loaded, num_key_value_layers=2)
+
+
 def test_an_unknown_family_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11))
     with pytest.raises(RewriteError, match="'gpt2' is not known; known: llama"):

@@ -24,10 +24,9 @@ def base_model(family="smollm2", **changes):
     return model
 
 
-def swiftkv_model(family="smollm2", first=3, group=1, **changes):
-    return randomise_tail(
-        rewrite(tiny_llama(family, **changes), num_key_value_layers=first, key_value_group_size=group)
-    )
+def swiftkv_model(family="smollm2", first=3, group=1, groups=None, **changes):
+    form = {"num_key_value_layers": first, "key_value_group_size": group, "key_value_groups": groups}
+    return randomise_tail(rewrite(tiny_llama(family, **changes), **form))
 
 
 MODELS = {
@@ -37,6 +36,7 @@ MODELS = {
     "swiftkv": swiftkv_model,
     "swiftkv-g2-bias": lambda: swiftkv_model("bias", group=2),
     "swiftkv-g3-llama3-rope": lambda: swiftkv_model("llama3.2", group=3),
+    "swiftkv-groups": lambda: swiftkv_model(groups=[[3], [4, 5]]),
 }
 
 
@@ -254,7 +254,12 @@ def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
     ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 7)], dim=1)
     assert SinkWindowCache(model.config, window=8, prefixes=prefix, input_ids=ids).shared_rows == 0  # some kilobytes
     assert not shared_prefix.sharing_pays(1, 10**6, 10**3, torch.device("cuda"))
-    assert shared_prefix.sharing_pays(16, 4096, 3 * 64 * 2, torch.device("cpu"))
+    assert shared_prefix.sharing_pays(2, 1, 3 * 64 * 2, torch.device("cuda"))
+    on_cpu = torch.device("cpu")
+    assert shared_prefix.sharing_pays(16, 4096, 3 * 64 * 2, on_cpu)
+    assert not shared_prefix.sharing_pays(16, 64, 3 * 64 * 2, on_cpu)
+    assert not shared_prefix.sharing_pays(2, 10**6, 3 * 64 * 2, on_cpu)
+    assert not shared_prefix.sharing_pays(10**6, 64, 3 * 64 * 2, on_cpu)
 
 
 def test_a_stream_of_rows_that_differ_in_length_keeps_late_sinks(model):

@@ -6,24 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from packed import packed_batch
 
 from swiftkv_models import rewrite
 from swiftkv_train import calibrate
 from swiftkv_train.calibrate import accumulate_moments, solve
-from swiftkv_train.data import Batch
 from swiftkv_train.shared_projections import compensated_queries, complex_halves, shared_keys, shared_values
 from tiny import random_ids, tiny_llama
 
-FIRST, PAD = 2, 0
-
-
-def packed_batch(rows, length, seed, padding):
-    """Two documents a row and `padding` positions of padding at its end."""
-    real = length - padding
-    positions = torch.cat([torch.arange(5), torch.arange(real - 5), torch.arange(padding)]).expand(rows, length)
-    token_mask = (torch.arange(length) < real).expand(rows, length)
-    ids = random_ids(rows, length, seed=seed).masked_fill(~token_mask, PAD)
-    return Batch(ids, positions.contiguous(), token_mask.clone(), token_mask, torch.zeros(rows, dtype=torch.long))
+FIRST = 2
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,97 @@
+"""What every l and every grouping is predicted to lose (see `swiftkv_train.layer_choice`): file, tables and plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from swiftkv_train.errors import UserError
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """As JSON, and a plot beside it."""
+    from swiftkv_train.bench.plots import plot
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--layers {path} cannot be written: {error.strerror}") from None
+    plot(result, draw, path)
+
+
+def read(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What `write` wrote, of the base that the plan is for."""
+    how = "make it with `swiftkv calibrate RECIPE --layers FILE`"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        layers, base = result["num_hidden_layers"], result["base"]
+        _ = result["uniform"], result["grouped"]
+    except FileNotFoundError:
+        raise UserError(f"--layers {path} does not exist; {how}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--layers {path} is no prediction of layers; {how}") from None
+    if (layers, base) != (plan["num_hidden_layers"], plan["base"]):
+        raise UserError(f"--layers {path} is of {base} with {layers} layers, not of the recipe's {plan['base']}; {how}")
+    return result
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One of all l, one of the best groupings at the recipe's own."""
+    layers, first = result["num_hidden_layers"], result["num_key_value_layers"]
+    rows: dict[int, dict[int, dict[str, Any]]] = {}
+    for row in result["uniform"]:
+        rows.setdefault(row["num_key_value_layers"], {})[row["key_value_group_size"]] = row
+    sizes = sorted({row["key_value_group_size"] for row in result["uniform"]})
+    uniform = Table(
+        title=f"predicted loss by l, relative to the recipe's form (l = {first} of {layers})", title_justify="left"
+    )
+    uniform.add_column("l", justify="right")
+    uniform.add_column(f"prefill at {result['context']:,}", justify="right")
+    for size in sizes:
+        uniform.add_column(f"K/V, g = {size}", justify="right")
+        uniform.add_column("loss", justify="right")
+    for number, found in rows.items():
+        cells = [
+            text
+            for size in sizes
+            for text in ((f"{found[size]['cache_ratio']:.1%}", _loss(found[size])) if size in found else ("", ""))
+        ]
+        style = "bold" if number == first else None
+        uniform.add_row(str(number), f"{found[sizes[0]]['prefill_ratio']:.1%}", *cells, style=style)
+    grouped = Table(title=f"best groupings, l = {first}", title_justify="left")
+    for name in ("K/V", "loss", "sizes of groups"):
+        grouped.add_column(name, justify="left" if name.startswith("sizes") else "right")
+    for row in result["grouped"]:
+        counts = " ".join(str(len(group)) for group in row["key_value_groups"])
+        grouped.add_row(f"{row['cache_ratio']:.1%}", _loss(row), counts)
+    return [uniform, grouped]
+
+
+def _loss(row: dict[str, Any]) -> str:
+    return f"{row['relative']:.2f}"
+
+
+def draw(result: dict[str, Any], pyplot: Any) -> Any:
+    """Predicted loss over the base's prefill that is left, and over its K/V bytes that are left."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained")
+    for size in sorted({row["key_value_group_size"] for row in result["uniform"]}):
+        rows = [row for row in result["uniform"] if row["key_value_group_size"] == size]
+        for axes, share in ((left, "prefill_ratio"), (right, "cache_ratio")):
+            points = [(row[share], row["relative"]) for row in rows]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"groups of {size}")
+    first = result["num_key_value_layers"]
+    points = [(row["cache_ratio"], row["relative"]) for row in result["grouped"]]
+    right.plot(*zip(*points, strict=True), color="#000000", linewidth=1, label=f"best groups, l = {first}")
+    left.set(xlabel=f"FLOPs of a prompt of {result['context']:,} tokens, over the base's")
+    right.set(xlabel="K/V bytes, over the base's")
+    left.set_ylabel(f"predicted loss, over that of l = {first}")
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize="small")
+    return figure
