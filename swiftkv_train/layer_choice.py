@@ -2,20 +2,16 @@
 
 One pass of the base over some tokens sums what every closed-form projection needs: X_l, the input of layer l's k_proj,
 is what `norm_swiftkv` would give for that l, so X_l'X_l and X_l'Y_i determine the K and V that it has for any layer
-i >= l, alone or in any group (`shared_projections`), and Y_i'Y_i tells what they leave unexplained. From these
-residuals, a layer loses, relative to the residual stream that it adds to,
+i >= l, alone or in any group (`shared_projections`). Of a few more tokens the pass keeps the tensors themselves. There
+a tail layer's attention over the K and V of a form, with the base's own queries, is d_i off its own, and a form costs
 
-    e_i = (1 / |h_i|^2) sum over heads of  tr(O' O R_V) + min(1, s^2) tr(O' O S_V)
-    s^2 = 1/(2 C) sum over RoPE's frequencies of |q_f|^2 |r_f|^2
+    1/2 E[(sum over its tail's layers of g_i'd_i)^2]        nats a token
 
-R_V is the covariance of V's residual and S_V that of V itself, O the head's columns of o_proj, s^2 the variance of an
-attention score's error (r_f is K's residual as a complex number, whose phase against q's is taken as random). The loss
-of a form is the sum over its tail layers. It is no KL: errors are taken as independent, and what attention averages out
-is not known. It ranks forms (tests, benchmarks/quality), and `relative` is over that of the recipe's own.
+g_i is the gradient of log p(y) at the output of layer i's attention, summed over the tokens to come, with y drawn from
+what the base predicts. E[g g'] is the Fisher information, so for small errors this is the KL. They are not small, and a
+token's alone: it ranks forms (benchmarks/quality/layers.json), and `relative` is over that of the recipe's own.
 
-The best grouping with n K/Vs in a tail is a shortest path over its layers: no other is looked at.
-
-    L layers   D hidden size (+ 1 with biases)   H query heads   G K/V heads   C head size   N tokens
+    L layers   D hidden size (+ 1 with biases)   H query heads   G K/V heads   C head size   N tokens   B rows of T
 """
 
 from __future__ import annotations
@@ -24,10 +20,11 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from swiftkv_models.rope import rotate
 from swiftkv_train.data import load_training_data
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import load_tokenizer, pad_token_id
@@ -39,24 +36,39 @@ from swiftkv_train.student import build_model, training_attention
 
 if TYPE_CHECKING:
     from swiftkv_models import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM
+    from swiftkv_models.llama import TrunkOutput
     from swiftkv_train.data import Batch
 
 UNIFORM_GROUPS = (1, 2, 4)
 LARGEST_GROUP = 8
+BEAM = 32
+LOGIT_ROWS = 512
+SAMPLE_TOKENS = 4096  # beside the calibration's
 MOST_BYTES = 4 << 30  # of sums; more candidates for l than fit are thinned out
 
 
 @dataclass
+class Sample:
+    """One batch of the base: what its layers take and give, and which keys [B, 1, 1, T, T] a token sees."""
+
+    inputs: dict[int, torch.Tensor]  # l -> X_l [B, T, D]
+    queries: list[torch.Tensor]  # rotated [B, G, H / G, T, C]
+    outputs: list[torch.Tensor]  # of attention, the same shape
+    gradients: list[torch.Tensor]  # of log p(y), the same shape
+    rotation: tuple[torch.Tensor, torch.Tensor]
+    visible: torch.Tensor
+    real: torch.Tensor  # [B, T]
+
+
+@dataclass
 class LayerSums:
-    """Sums over N tokens, in fp32 where the base computes in half precision and else fp64."""
+    """Sums over N tokens, in fp32 where the base computes in half precision and else fp64; and the samples."""
 
     candidates: list[int]  # values of l
     inputs: dict[int, torch.Tensor]  # l -> X_l'X_l [D, D]
     products: dict[int, torch.Tensor]  # l -> X_l'Y_i of layers i >= l [D, L - l, 2, G, C]
-    squares: list[torch.Tensor]  # Y_i'Y_i [2, G, C, C]
-    sums: list[torch.Tensor]  # of Y_i [2, G, C]
     queries: list[torch.Tensor]  # of the squares of queries [H, C]
-    inverse_power: list[float]  # of 1 / |h|^2, h the stream after layer i's attention
+    samples: list[Sample]
     tokens: int = 0
 
 
@@ -76,14 +88,14 @@ def candidate_layers(config: LlamaSwiftKVConfig, itemsize: int) -> list[int]:
     return [own]
 
 
-@torch.no_grad()
 def accumulate(
     model: LlamaSwiftKVForCausalLM,
     batches: Iterable[Batch],
     device: torch.device | str,
     advance: Callable[[int], None] | None = None,
+    samples: int = 1,
 ) -> LayerSums:
-    """Run the base (hence `base_projections`) over `batches` and sum up."""
+    """Run the base (hence `base_projections`) over `batches`: keep the first `samples`, sum up the rest."""
     config = model.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     assert isinstance(groups, int)
@@ -99,19 +111,24 @@ def accumulate(
         candidates,
         inputs={first: zeros(width, width) for first in candidates},
         products={first: zeros(width, layers - first, 2, groups, size) for first in candidates},
-        squares=[zeros(2, groups, size, size) for _ in range(layers)],
-        sums=[zeros(2, groups, size) for _ in range(layers)],
         queries=[zeros(heads, size) for _ in range(layers)],
-        inverse_power=[0.0] * layers,
+        samples=[],
     )
     found: dict[tuple[int, str], torch.Tensor] = {}
+    generator = torch.Generator(device).manual_seed(0)
     with _recording(model, found):
         for batch in batches:
-            position_ids = batch.position_ids.to(device)
-            trunk = model.model.run_trunk(batch.input_ids.to(device), position_ids=position_ids, use_cache=False)
-            model.model.run_tail(trunk, base=True)
-            real = batch.token_mask.to(device)
-            _add(sums, found, real, precise, biased=config.attention_bias)
+            real, input_ids = batch.token_mask.to(device), batch.input_ids.to(device)
+            is_sample = len(sums.samples) < samples
+            trunk = _run(model, input_ids, batch.position_ids.to(device), real, generator if is_sample else None)
+            with torch.no_grad():
+                for index in candidates if config.attention_bias else ():
+                    inputs = found[index, "x"]
+                    found[index, "x"] = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+                if is_sample:
+                    sums.samples.append(_sample(found, trunk, real, candidates, groups))
+                else:
+                    _add(sums, found, real, precise)
             if advance is not None:
                 advance(batch.input_ids.numel())
     return sums
@@ -125,6 +142,8 @@ def _recording(model: LlamaSwiftKVForCausalLM, found: dict[tuple[int, str], torc
     def watch(module: torch.nn.Module, index: int, taken: str, given: str) -> None:
         def hook(_module: Any, inputs: Any, output: torch.Tensor) -> None:
             found.update({(index, name): tensor for name, tensor in ((taken, inputs[0]), (given, output)) if name})
+            if taken == "a" and inputs[0].requires_grad:
+                inputs[0].retain_grad()
 
         handles.append(module.register_forward_hook(hook))
 
@@ -133,7 +152,7 @@ def _recording(model: LlamaSwiftKVForCausalLM, found: dict[tuple[int, str], torc
         watch(attention.k_proj, index, "x", "k")
         watch(attention.v_proj, index, "", "v")
         watch(attention.q_proj, index, "", "q")
-        watch(layer.post_attention_layernorm, index, "h", "")
+        watch(attention.o_proj, index, "a", "")
     try:
         yield
     finally:
@@ -141,52 +160,97 @@ def _recording(model: LlamaSwiftKVForCausalLM, found: dict[tuple[int, str], torc
             handle.remove()
 
 
-def _add(
-    sums: LayerSums, found: dict[tuple[int, str], torch.Tensor], real: torch.Tensor, precise: torch.dtype, biased: bool
-) -> None:
-    layers, (_, groups, size) = len(sums.squares), sums.sums[0].shape
+def _run(
+    model: LlamaSwiftKVForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    real: torch.Tensor,
+    generator: torch.Generator | None,
+) -> TrunkOutput:
+    """Forward of the base; with `generator` backward of log p(y) over real tokens, y drawn from its predictions."""
+    embedded = model.model.embed_tokens(input_ids).detach().requires_grad_(generator is not None)
+    trunk = model.model.run_trunk(inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
+    states = model.model.run_tail(trunk, base=True).last_hidden_state[real]
+    if generator is None:
+        return trunk
+    head = model.lm_head.weight
+    gradients = torch.empty_like(states)
+    with torch.no_grad():
+        for part in torch.arange(len(states), device=states.device).split(LOGIT_ROWS):
+            change = torch.softmax(torch.nn.functional.linear(states[part], head).float(), dim=-1)
+            drawn = torch.multinomial(change, 1, generator=generator)
+            change.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=change.dtype))
+            gradients[part] = change.to(head.dtype) @ head
+    states.backward(gradients)
+    return trunk
+
+
+def _add(sums: LayerSums, found: dict[tuple[int, str], torch.Tensor], real: torch.Tensor, precise: torch.dtype) -> None:
+    layers, (_, size) = len(sums.queries), sums.queries[0].shape
     outputs = []
     for layer in range(layers):
-        keys, values, queries, stream = (found[layer, name][real].to(precise) for name in "kvqh")
-        targets = torch.stack([keys, values], dim=1).unflatten(2, (groups, size))  # [N, 2, G, C]
-        sums.squares[layer] += torch.einsum("nkgc,nkge->kgce", targets, targets)
-        sums.sums[layer] += targets.sum(0)
+        queries = found[layer, "q"][real].to(precise)
         sums.queries[layer] += queries.square().sum(0).view(-1, size)
-        sums.inverse_power[layer] += float((1 / stream.square().sum(-1)).sum())
-        outputs.append(targets.flatten(1))
+        outputs.append(torch.cat([found[layer, name][real].to(precise) for name in "kv"], dim=1))
     all_outputs = torch.cat(outputs, dim=1)
     columns = outputs[0].shape[1]
     for first in sums.candidates:
         inputs = found[first, "x"][real].to(precise)
-        if biased:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
         sums.inputs[first] += inputs.T @ inputs
         sums.products[first] += (inputs.T @ all_outputs[:, first * columns :]).view_as(sums.products[first])
     sums.tokens += int(real.sum())
 
 
+def _sample(
+    found: dict[tuple[int, str], torch.Tensor],
+    trunk: TrunkOutput,
+    real: torch.Tensor,
+    candidates: Sequence[int],
+    groups: int,
+) -> Sample:
+    cos, sin = trunk.position_embeddings
+    size = cos.shape[-1]
+    queries = []
+    outputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for layer in range(1 + max(index for index, _ in found)):
+        heads = found[layer, "q"].detach().unflatten(-1, (-1, size)).transpose(1, 2)
+        queries.append(rotate(heads, cos, sin).unflatten(1, (groups, -1)))
+        attended = found[layer, "a"]
+        assert attended.grad is not None
+        for kept, tensor in ((outputs, attended.detach()), (gradients, attended.grad)):
+            kept.append(tensor.unflatten(-1, (groups, -1, size)).permute(0, 2, 3, 1, 4))
+    documents = (trunk.position_ids == 0).cumsum(1)
+    visible = (documents[:, :, None] == documents[:, None]).tril()[:, None, None]
+    inputs = {first: found[first, "x"].detach() for first in candidates}
+    return Sample(inputs, queries, outputs, gradients, (cos, sin), visible, real)
+
+
+Way: TypeAlias = tuple[float, list[list[int]], torch.Tensor]  # loss, groups, and g'd of the tokens
+
+
 class Predictor:
-    """Predicted losses from the sums of a pass; results are kept, for groups of one form are groups of many."""
+    """Predicted losses from the sums of a pass. The errors of a group are kept: many forms have it."""
 
     def __init__(self, model: LlamaSwiftKVForCausalLM, sums: LayerSums, ridge: float):
         self.model, self.sums, self.ridge = model, sums, ridge
         self.config = model.config
         self._projections: dict[int, torch.Tensor] = {}
-        self._losses: dict[tuple[int, int, int], float] = {}
+        self._errors: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def loss(self, first: int, groups: Sequence[Sequence[int]]) -> float:
         """Of the form with l = `first` and these groups of the tail's layers."""
-        return sum(self.group_loss(first, group[0], len(group)) for group in groups)
+        return _mean_square(sum(self.group_errors(first, group[0], len(group)) for group in groups))
 
-    def group_loss(self, first: int, leader: int, size: int) -> float:
-        """What the layers from `leader` on, `size` of them with one K/V, add to the loss."""
+    def group_errors(self, first: int, leader: int, size: int) -> torch.Tensor:
+        """g'd of every sampled token [N], of the layers from `leader` on, `size` of them with one K/V."""
         key = (first, leader, size)
-        if key not in self._losses:
-            self._losses[key] = self._group_loss(first, list(range(leader, leader + size)))
-        return self._losses[key]
+        if key not in self._errors:
+            self._errors[key] = self._group_errors(first, list(range(leader, leader + size)))
+        return self._errors[key]
 
     @torch.no_grad()
-    def _group_loss(self, first: int, members: list[int]) -> float:
+    def _group_errors(self, first: int, members: list[int]) -> torch.Tensor:
         solutions = self._solutions(first)[:, [layer - first for layer in members]]  # [D, g, 2, G, C]
         keys, values = (solutions[:, :, kind].transpose(0, 1) for kind in (0, 1))  # [g, D, G, C]
         if len(members) > 1:
@@ -194,34 +258,28 @@ class Predictor:
             shared, factors = shared_keys(keys, self._inputs(first), rms)
             weights = torch.stack([self._outputs(layer).permute(1, 0, 2) for layer in members])  # [g, D, H, C]
             common = shared_values(values, weights)
+            # Queries c* q meet k as queries q meet c k.
             turned = [real_halves(complex_halves(shared) * factor) for factor in factors]
             keys, values = torch.stack(turned), common.expand(len(members), *common.shape)
-        return sum(
-            self._layer_loss(first, layer, key, value) for layer, key, value in zip(members, keys, values, strict=True)
-        )
+        errors = [
+            self._layer_errors(first, layer, *projections)
+            for layer, *projections in zip(members, keys, values, strict=True)
+        ]
+        return torch.stack(errors).sum(0)
 
-    def _layer_loss(self, first: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> float:
-        """e_i of K and V projections [D, G, C] from X_l."""
-        tokens, size = self.sums.tokens, keys.shape[-1]
-        left_keys, left_values = (
-            self._residual(first, layer, kind, projection) for kind, projection in ((0, keys), (1, values))
-        )
-        power = left_keys.diagonal(dim1=1, dim2=2).clamp_min(0)  # [G, C]
-        frequencies = sum(power.chunk(2, dim=1))
-        variance = (self._query_power(layer) * frequencies).sum(1) / (2 * size)  # [G], a mean over a group's heads
-        mean = self.sums.sums[layer][1].double() / tokens
-        spread = self.sums.squares[layer][1].double() / tokens - mean.unsqueeze(2) * mean.unsqueeze(1)
-        outputs = self._outputs(layer).unflatten(0, (len(keys[0]), -1))  # [G, R, D, C]
-        metric = torch.einsum("grdc,grde->gce", outputs, outputs)
-        lost = (metric * left_values).sum((1, 2)) + variance.clamp_max(1.0) * (metric * spread).sum((1, 2))
-        return float(lost.sum()) * self.sums.inverse_power[layer] / tokens
-
-    def _residual(self, first: int, layer: int, kind: int, projection: torch.Tensor) -> torch.Tensor:
-        """E[(y - W'x)(y - W'x)'] of every head [G, C, C]."""
-        target = self.sums.products[first][:, layer - first, kind].double() / self.sums.tokens  # [D, G, C]
-        cross = torch.einsum("dgc,dge->gce", projection, target)
-        explained = torch.einsum("dgc,df,fge->gce", projection, self._inputs(first), projection)
-        return self.sums.squares[layer][kind].double() / self.sums.tokens - cross - cross.transpose(1, 2) + explained
+    def _layer_errors(self, first: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """g_i'd_i [N] of K and V projections [D, G, C] from X_l."""
+        found = []
+        for sample in self.sums.samples:
+            inputs = sample.inputs[first]
+            dtype = torch.promote_types(inputs.dtype, torch.float32)
+            key, value = (torch.einsum("btd,dgc->bgtc", inputs.to(dtype), part.to(dtype)) for part in (keys, values))
+            cos, sin = (table.to(dtype) for table in sample.rotation)
+            scores = sample.queries[layer].to(dtype) @ rotate(key, cos, sin).unsqueeze(2).transpose(3, 4)
+            scores = scores.mul_(keys.shape[-1] ** -0.5).masked_fill_(~sample.visible, float("-inf"))
+            wrong = torch.softmax(scores, dim=-1) @ value.unsqueeze(2) - sample.outputs[layer]  # [B, G, H / G, T, C]
+            found.append((wrong * sample.gradients[layer]).sum((1, 2, 4))[sample.real])
+        return torch.cat(found).double()
 
     def _inputs(self, first: int) -> torch.Tensor:
         return self.sums.inputs[first].double() / self.sums.tokens
@@ -239,7 +297,7 @@ class Predictor:
 
     def _query_power(self, layer: int) -> torch.Tensor:
         """E|q_f|^2 of the frequencies of RoPE, a mean over a K/V head's query heads [G, F]."""
-        groups = self.sums.sums[0].shape[1]
+        groups = self.config.num_key_value_heads
         squares = self.sums.queries[layer].double().unflatten(0, (groups, -1)).mean(1) / self.sums.tokens
         first, second = squares.chunk(2, dim=1)
         return first + second
@@ -247,33 +305,33 @@ class Predictor:
     def _outputs(self, layer: int) -> torch.Tensor:
         """o_proj by query head [H, D, C]."""
         attention: Any = self.model.model.layers[layer].self_attn
-        size = self.sums.sums[0].shape[2]
+        size = attention.head_dim
         return attention.o_proj.weight.double().unflatten(1, (-1, size)).transpose(0, 1)
 
     def best_groups(self, first: int) -> list[tuple[list[list[int]], float]]:
-        """For 1, 2, ... K/Vs in the tail, the grouping (of LARGEST_GROUP layers at most) with the least loss."""
+        """For 1, 2, ... K/Vs in the tail, a grouping (of LARGEST_GROUP layers at most) with little loss.
+
+        A beam search from the last layer down: of the ways to put the layers from one on into n groups, the BEAM best.
+        """
         last = self.config.num_hidden_layers
-        best: dict[tuple[int, int], tuple[float, int]] = {(0, last): (0.0, 0)}  # K/Vs, from layer -> loss, group size
-        for count in range(1, last - first + 1):
-            for leader in range(first, last):
-                ways = [
-                    (self.group_loss(first, leader, size) + best[count - 1, leader + size][0], size)
-                    for size in range(1, min(LARGEST_GROUP, last - leader) + 1)
-                    if (count - 1, leader + size) in best
-                ]
-                if ways:
-                    best[count, leader] = min(ways)
-        found = []
-        for count in range(1, last - first + 1):
-            if (count, first) not in best:
-                continue
-            groups, leader, left = [], first, count
-            while left:
-                size = best[left, leader][1]
-                groups.append(list(range(leader, leader + size)))
-                leader, left = leader + size, left - 1
-            found.append((groups, best[count, first][0]))
-        return found
+        nothing = torch.zeros_like(self.group_errors(first, first, 1))
+        beams: dict[tuple[int, int], list[Way]] = {(last, 0): [(0.0, [], nothing)]}
+        for leader in range(last - 1, first - 1, -1):
+            ways: dict[int, list[Way]] = {}
+            for size in range(1, min(LARGEST_GROUP, last - leader) + 1):
+                group = list(range(leader, leader + size))
+                for count in range(last - leader - size + 1):
+                    for _, groups, errors in beams.get((leader + size, count), []):
+                        total = errors + self.group_errors(first, leader, size)
+                        ways.setdefault(count + 1, []).append((_mean_square(total), [group, *groups], total))
+            for count, found in ways.items():
+                beams[leader, count] = sorted(found, key=lambda way: way[0])[:BEAM]
+        best = [beams[first, count][0] for count in range(1, last - first + 1) if (first, count) in beams]
+        return [(groups, loss) for loss, groups, _ in best]
+
+
+def _mean_square(errors: Any) -> float:
+    return float(errors.square().mean()) / 2
 
 
 def predictions(
