@@ -348,6 +348,23 @@ def bench_quality(
     _finish_bench(measure(recipes, runs, points, tokens, on), output, as_json, draw_quality)
 
 
+@bench_app.command("layers", epilog=_example("swiftkv bench layers recipes/smollm2-135m/quickstart.yaml --forms 15,22"))
+def bench_layers(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    forms: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Values of l; lxg: in groups of g; l:a+b+c: of these sizes; separated by commas."),
+    ] = None,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """What forms of a model are predicted to lose (`swiftkv calibrate --layers`) against what they lose, calibrated."""
+    from swiftkv_train.bench.layers import measure
+
+    _finish_bench(measure(recipe, overrides, forms), output, as_json)
+
+
 @bench_app.command("step", epilog=_example("swiftkv bench step models/smollm2-135m"))
 def bench_step(
     model: Annotated[str, typer.Argument(help="Base model.")],

@@ -330,6 +330,11 @@ class Predictor:
         return [(groups, loss) for loss, groups, _ in best]
 
 
+def uniform_groups(first: int, last: int, size: int) -> list[list[int]]:
+    """Layers `first` to `last` - 1 in groups of `size`."""
+    return [list(range(leader, min(leader + size, last))) for leader in range(first, last, size)]
+
+
 def _mean_square(errors: Any) -> float:
     return float(errors.square().mean()) / 2
 
@@ -360,9 +365,8 @@ def predictions(
     uniform = []
     for first in sums.candidates:
         for size in UNIFORM_GROUPS:
-            tail = range(first, config.num_hidden_layers)
-            groups = [list(tail[at : at + size]) for at in range(0, len(tail), size)]
-            if size <= len(tail):
+            groups = uniform_groups(first, config.num_hidden_layers, size)
+            if size <= config.num_hidden_layers - first:
                 uniform.append(row(first, groups, size, predictor.loss(first, groups)))
         advance(1)
     first = config.num_key_value_layers
@@ -370,8 +374,8 @@ def predictions(
     return {"tokens": sums.tokens, "context": context, "own": own, "uniform": uniform, "grouped": grouped}
 
 
-def predict(recipe: Recipe) -> dict[str, Any]:
-    """`predictions` for a recipe's base, from its calibration's tokens and for prompts of its sequence length."""
+def look(recipe: Recipe) -> tuple[LlamaSwiftKVForCausalLM, LayerSums]:
+    """The recipe's model, not calibrated, and the sums over its calibration's tokens."""
     report = Reporter()
     length, rows = recipe.data.sequence_length, recipe.training.micro_batch_size
     device: Any = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -382,13 +386,19 @@ def predict(recipe: Recipe) -> dict[str, Any]:
     )
     model.requires_grad_(False)
     model.to(device)
-    sequences = max(1, recipe.calibration.tokens // length)
+    samples = max(1, SAMPLE_TOKENS // (rows * length))
+    sequences = max(1, recipe.calibration.tokens // length) + samples * rows
     batches = (data.batch_of(range(start, min(start + rows, sequences))) for start in range(0, sequences, rows))
     with training_attention(model), report.bar("look", total=sequences * length, unit="tokens") as advance:
-        sums = accumulate(model, batches, device, advance)
+        return model, accumulate(model, batches, device, advance, samples)
+
+
+def predict(recipe: Recipe) -> dict[str, Any]:
+    """`predictions` for a recipe's base, from its calibration's tokens and for prompts of its sequence length."""
+    model, sums = look(recipe)
     try:
-        with report.bar("predict", total=len(sums.candidates), unit="values of l") as advance:
-            found = predictions(model, sums, recipe.calibration.ridge, length, advance)
+        with Reporter().bar("predict", total=len(sums.candidates), unit="values of l") as advance:
+            found = predictions(model, sums, recipe.calibration.ridge, recipe.data.sequence_length, advance)
     except torch.linalg.LinAlgError:
         raise UserError(
             f"calibration: {sums.tokens} tokens do not determine the fit at ridge {recipe.calibration.ridge}; raise "
