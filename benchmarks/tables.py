@@ -1,4 +1,4 @@
-"""Put the measured figures of this folder into the project's README: python benchmarks/tables.py [--check]"""
+"""Put measured figures into the project's README and quality/README.md: python benchmarks/tables.py [--check]"""
 
 from __future__ import annotations
 
@@ -218,28 +218,63 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
     return " ".join(f"{', '.join(names)}: {place}." for place, names in files.items())
 
 
+def variants() -> str:
+    """KL over training tokens of the variants of quality/start.json, kinds trained on / other kinds."""
+    result = load("quality/start.json")
+    points = [point["tokens"] for point in result["variants"][0]["points"]]
+    lines = [f"| variant | {' | '.join(f'{tokens:,}' for tokens in points)} | tokens to the first's last KL |"]
+    lines.append("|---" * (len(points) + 2) + "|")
+    for variant in result["variants"]:
+        cells = [
+            " / ".join(f"{point[group]['kl']:.3f}" for group in ("all kinds trained on", "other kinds"))
+            for point in variant["points"]
+        ]
+        reached = " / ".join(
+            "not reached" if row["tokens"] is None else f"{row['tokens']:,}"
+            for group, row in variant["as_good_as_first"].items()
+            if group != "all together"
+        )
+        lines.append(f"| {variant['name']} | {' | '.join(cells)} | {reached} |")
+    return "\n".join([*lines, "", f"`{result['command']}`; {where(result)}."])
+
+
+def forms() -> str:
+    """Predicted loss and KL of quality/layers.json."""
+    result = load("quality/layers.json")
+    lines = ["| form | K/Vs in the tail | predicted | KL | agreement | perplexity ratio |", "|---|---|---|---|---|---|"]
+    for row in sorted(result["rows"], key=lambda row: row["predicted"]):
+        lines.append(
+            f"| {row['form']} | {len(row['key_value_groups'])} | {row['predicted']:.3f} | {row['kl']:.3f} "
+            f"| {row['agreement']:.1%} | {row['perplexity_ratio']:.3f} |"
+        )
+    correlation = f"Spearman's rank correlation: {result['rank_correlation']:.3f}."
+    return "\n".join([*lines, "", correlation, "", f"`{result['command']}`; {where(result)}."])
+
+
 TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets, "inference": inference}
+STUDY: dict[str, Callable[[], str]] = {"variants": variants, "forms": forms}
+FILES = {README: TABLES, FOLDER / "quality/README.md": STUDY}
 
 
-def filled(readme: str) -> str:
-    for name, table in TABLES.items():
+def filled(readme: str, tables: dict[str, Callable[[], str]]) -> str:
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, found, rest = readme.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise SystemExit(f"README.md has no markers for {name}")
+            raise SystemExit(f"the README has no markers for {name}")
         readme = f"{before}{begin}\n{table()}\n{end}{after}"
     return readme
 
 
 def main() -> None:
-    readme = README.read_text(encoding="utf-8")
-    wanted = filled(readme)
-    if "--check" in sys.argv[1:]:
-        if readme != wanted:
-            raise SystemExit("README.md does not show the figures of benchmarks/; run python benchmarks/tables.py")
-        return
-    README.write_text(wanted, encoding="utf-8")
+    for file, tables in FILES.items():
+        text = file.read_text(encoding="utf-8")
+        wanted = filled(text, tables)
+        if "--check" not in sys.argv[1:]:
+            file.write_text(wanted, encoding="utf-8")
+        elif text != wanted:
+            raise SystemExit(f"{file} does not show the figures of benchmarks/; run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -254,9 +254,9 @@ class SinkWindowCache(Cache):
         self.positions.scatter_(1, torch.where(slots < 0, self.num_slots, slots), step.positions)
         self.lengths.copy_(torch.where(last < 0, self.lengths, last + 1))
         if tokens == 1 and self.positions.device.type == "cpu":
-            sinks, window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
+            of_sinks, of_window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
             oldest = (last - self.window).clamp_min(-1)[:, None]
-            step.all_visible = bool((sinks >= 0).all()) and bool((window > oldest).all())
+            step.all_visible = bool((of_sinks >= 0).all()) and bool((of_window > oldest).all())
             first_slot, last_slot = (int(slot) for slot in slots.aminmax())
             step.slot = first_slot if first_slot == last_slot else None
         if tokens > 1:
