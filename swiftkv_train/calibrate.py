@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from swiftkv_models.rope import rotate
+from swiftkv_train.errors import UserError
 from swiftkv_train.shared_projections import compensated_queries, shared_keys, shared_values
 
 if TYPE_CHECKING:
@@ -228,14 +229,30 @@ def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> lis
     return fits
 
 
+def ridge_solution(inputs: torch.Tensor, products: torch.Tensor, ridge: float, width: int) -> torch.Tensor:
+    """(X'MX + r I)^-1 X'MY of X'MX [P, D, D] and X'MY [P, D, outputs]; r leaves what is beyond `width` alone.
+
+    Raises torch.linalg.LinAlgError where that does not exist.
+    """
+    penalty = torch.zeros_like(inputs[:, 0])
+    penalty[:, :width] = ridge * inputs.diagonal(dim1=1, dim2=2)[:, :width].mean(1, keepdim=True)
+    return torch.cholesky_solve(products, torch.linalg.cholesky(inputs + torch.diag_embed(penalty)))
+
+
+def undetermined(tokens: int, ridge: float) -> UserError:
+    """What a user is told then."""
+    return UserError(
+        f"calibration: {tokens} tokens do not determine the fit at ridge {ridge}; raise calibration.tokens or "
+        "calibration.ridge"
+    )
+
+
 def _solve_layer(
     model: LlamaSwiftKVForCausalLM, moments: Moments, layer: int, ridge: float
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float, float]:
     """A layer's K and V solutions [D, G, C], and their R^2."""
     inputs, products, width = moments.inputs[layer], moments.products[layer], model.config.hidden_size
-    penalty = torch.zeros_like(inputs[:, 0])
-    penalty[:, :width] = ridge * inputs.diagonal(dim1=1, dim2=2)[:, :width].mean(1, keepdim=True)
-    solution = torch.cholesky_solve(products, torch.linalg.cholesky(inputs + torch.diag_embed(penalty)))
+    solution = ridge_solution(inputs, products, ridge, width)
     # residual = Y'MY - 2 W'X'MY + W'X'MX W, per output; total about the mean
     explained = 2 * (solution * products).sum(1) - (solution * (inputs @ solution)).sum(1)
     residual = moments.squares[layer] - explained

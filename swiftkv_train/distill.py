@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from swiftkv_kernels import distillation_kl
 from swiftkv_models import LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve
+from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve, undetermined
 from swiftkv_train.checkpointing import Checkpointer, on_main
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.divergence import Divergence, save_failed_batch
@@ -155,10 +155,7 @@ def calibrate(
     try:
         return solve(model, moments, recipe.calibration.ridge)
     except torch.linalg.LinAlgError:
-        raise UserError(
-            f"calibration: {int(moments.tokens)} tokens do not determine the fit at ridge "
-            f"{recipe.calibration.ridge}; raise calibration.tokens or calibration.ridge"
-        ) from None
+        raise undetermined(int(moments.tokens), recipe.calibration.ridge) from None
 
 
 class Distillation:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from swiftkv_models.llama import uniform_groups
 from swiftkv_models.rope import rotate
+from swiftkv_train.calibrate import ridge_solution, undetermined
 from swiftkv_train.data import load_training_data
-from swiftkv_train.errors import UserError
 from swiftkv_train.loading import load_tokenizer, pad_token_id
 from swiftkv_train.plan.inference import cache_bytes_per_token, prefill_flops
 from swiftkv_train.progress import Reporter
@@ -288,11 +289,11 @@ class Predictor:
         """Ridge solutions of all layers from l on [D, L - l, 2, G, C]."""
         if first not in self._projections:
             inputs, products = self._inputs(first), self.sums.products[first].double() / self.sums.tokens
-            width = self.config.hidden_size
-            penalty = torch.zeros_like(inputs[0])
-            penalty[:width] = self.ridge * inputs.diagonal()[:width].mean()
-            factor = torch.linalg.cholesky(inputs + torch.diag_embed(penalty))
-            self._projections = {first: torch.cholesky_solve(products.flatten(1), factor).view_as(products)}
+            try:
+                solution = ridge_solution(inputs[None], products.flatten(1)[None], self.ridge, self.config.hidden_size)
+            except torch.linalg.LinAlgError:
+                raise undetermined(self.sums.tokens, self.ridge) from None
+            self._projections = {first: solution.view_as(products)}
         return self._projections[first]
 
     def _query_power(self, layer: int) -> torch.Tensor:
@@ -328,11 +329,6 @@ class Predictor:
                 beams[leader, count] = sorted(found, key=lambda way: way[0])[:BEAM]
         best = [beams[first, count][0] for count in range(1, last - first + 1) if (first, count) in beams]
         return [(groups, loss) for loss, groups, _ in best]
-
-
-def uniform_groups(first: int, last: int, size: int) -> list[list[int]]:
-    """Layers `first` to `last` - 1 in groups of `size`."""
-    return [list(range(leader, min(leader + size, last))) for leader in range(first, last, size)]
 
 
 def _mean_square(errors: Any) -> float:
@@ -396,13 +392,7 @@ def look(recipe: Recipe) -> tuple[LlamaSwiftKVForCausalLM, LayerSums]:
 def predict(recipe: Recipe) -> dict[str, Any]:
     """`predictions` for a recipe's base, from its calibration's tokens and for prompts of its sequence length."""
     model, sums = look(recipe)
-    try:
-        with Reporter().bar("predict", total=len(sums.candidates), unit="values of l") as advance:
-            found = predictions(model, sums, recipe.calibration.ridge, recipe.data.sequence_length, advance)
-    except torch.linalg.LinAlgError:
-        raise UserError(
-            f"calibration: {sums.tokens} tokens do not determine the fit at ridge {recipe.calibration.ridge}; raise "
-            "calibration.tokens or calibration.ridge"
-        ) from None
+    with Reporter().bar("predict", total=len(sums.candidates), unit="values of l") as advance:
+        found = predictions(model, sums, recipe.calibration.ridge, recipe.data.sequence_length, advance)
     form = {"num_hidden_layers": model.config.num_hidden_layers, **recipe.rewrite.form()}
     return {"base": recipe.model.base, **form, **found}

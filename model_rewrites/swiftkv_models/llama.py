@@ -92,8 +92,7 @@ class LlamaSwiftKVConfig(LlamaConfig):
         """The tail's layers in the groups that share K/V."""
         if self.key_value_groups is not None:
             return self.key_value_groups
-        first, last, size = self.num_key_value_layers, self.num_hidden_layers, self.key_value_group_size
-        return [list(range(leader, min(leader + size, last))) for leader in range(first, last, size)]
+        return uniform_groups(self.num_key_value_layers, self.num_hidden_layers, self.key_value_group_size)
 
     @property
     def num_cached_layers(self) -> int:
@@ -108,6 +107,11 @@ class LlamaSwiftKVConfig(LlamaConfig):
     @property
     def kv_sharing_modes(self) -> list[str | None]:
         return [None if index < self.num_cached_layers else "reuse" for index in range(self.num_hidden_layers)]
+
+
+def uniform_groups(first: int, last: int, size: int) -> list[list[int]]:
+    """Layers `first` to `last` - 1 in groups of `size`."""
+    return [list(range(leader, min(leader + size, last))) for leader in range(first, last, size)]
 
 
 class SharedKeyValues:

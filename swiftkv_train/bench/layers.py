@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from swiftkv_models.llama import uniform_groups
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
-from swiftkv_train.layer_choice import Predictor, look, uniform_groups
+from swiftkv_train.layer_choice import Predictor, look
 from swiftkv_train.quality import pooled
 from swiftkv_train.recipe import load_recipe
 

@@ -45,3 +45,10 @@ def test_wrong_forms_are_refused(bench, forms, says):
     status, out, err = bench("layers", "recipe.yaml", "--forms", forms)
     assert (status, out) == (2, "")
     assert says in err.splitlines()[-1]
+
+
+def test_too_few_tokens_without_ridge_are_refused_in_one_line(bench):
+    few = ["data.sequence_length=32", "calibration.tokens=32", "calibration.ridge=0"]
+    status, out, err = bench("layers", "recipe.yaml", *few, "--forms", "3")
+    assert (status, out) == (2, "")
+    assert "tokens do not determine the fit at ridge 0.0" in err.splitlines()[-1]
