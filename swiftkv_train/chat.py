@@ -9,7 +9,7 @@ import torch
 
 from swiftkv_models import SharedPrefix, SinkWindowCache, use_exact_positions
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_model, load_tokenizer, one_line, pad_token_id
+from swiftkv_train.loading import load_for_inference, load_tokenizer, one_line, pad_token_id
 
 SINKS = 4
 
@@ -40,8 +40,7 @@ def chat(
     tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template; it is not a chat model")
-    model: Any = load_model(path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load_for_inference(path)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     if window is not None and model.config.model_type == "llama":

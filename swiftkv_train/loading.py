@@ -77,6 +77,15 @@ def load_model(
     return model.eval()
 
 
+def load_for_inference(path: str, **arguments: Any) -> Model:
+    """`load_model`'s, on the GPU if there is one; on a CPU with packed linear layers, which stay as they are."""
+    import torch
+
+    from swiftkv_models import pack_linears
+
+    return pack_linears(load_model(path, **arguments).to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def load_config(
     path: str, *, revision: str | None = None, families: tuple[str, ...] = ("llama", "llama_swiftkv")
 ) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor
 from swiftkv_kernels.backends import device_backend, resolve_backend
 from swiftkv_kernels.kv_projection_triton import rotate_and_store
 from swiftkv_kernels.kv_quantize import LIMITS, kv_quantize, kv_quantize_reference
+from swiftkv_kernels.packed_linear import PackedWeight, packed_linear
 
 _WORKSPACE_BYTES = 64 << 20  # a part's hidden states and products
 _TILE_BYTES = 16 << 20  # K of the tokens that torch rotates and writes at a time: it holds up to four such tensors
@@ -34,7 +35,7 @@ _CPU_TILE_BYTES = 768 << 10  # there they stay in a core's own cache, which halv
 @torch.no_grad()
 def kv_projection(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     cos: Tensor,
     sin: Tensor,
     key_cache: Tensor,
@@ -48,11 +49,11 @@ def kv_projection(
 ) -> None:
     """Fills the slots of the kept tokens in place and touches no others; shapes in the module's docstring.
 
-    hidden, weight and bias share a floating dtype; cos and sin are fp32 or fp64. The caches have that dtype too, or are
-    int8 or float8_e4m3fn with their scales; strided views will do if the last dimension is contiguous. No two kept
-    tokens of a row may share a slot. backend 'cpu', 'torch' or 'triton' overrules `kv_projection_backend`; only 'cpu'
-    reads slots on the host. Carries no gradient. Raises ValueError on misfits, 'cpu' also on a slot past the end of the
-    cache ('triton' drops its token).
+    hidden, weight and bias share a floating dtype; a packed weight is faster for few tokens. cos and sin are fp32 or
+    fp64. The caches have that dtype too, or are int8 or float8_e4m3fn with their scales; strided views will do if the
+    last dimension is contiguous. No two kept tokens of a row may share a slot. backend 'cpu', 'torch' or 'triton'
+    overrules `kv_projection_backend`; only 'cpu' reads slots on the host. Carries no gradient. Raises ValueError on
+    misfits, 'cpu' also on a slot past the end of the cache ('triton' drops its token).
     """
     _check(hidden, weight, bias, cos, sin, slots, key_cache, value_cache, key_scale, value_scale)
     backend = resolve_backend(backend, hidden)
@@ -162,9 +163,11 @@ def _kept_twice(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(batch, device=slots.device).unsqueeze(1), times, kept.any(1, keepdim=True)
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:
+def _product(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, workspace: Tensor) -> Tensor:
     """[tokens, L 2 G C], into the workspace: with `out`, autocast leaves the dtype alone."""
     tokens = hidden.reshape(-1, hidden.shape[2])
+    if isinstance(weight, PackedWeight):
+        return packed_linear(tokens, weight, bias)
     product = workspace[: len(tokens)]
     if bias is None:
         return torch.mm(tokens, weight.t(), out=product)
@@ -217,7 +220,7 @@ def _put(states: Tensor, cache: Tensor, rows: Tensor, slots: Tensor, some_writte
 
 def _check(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
@@ -234,6 +237,7 @@ def _check(
         raise ValueError(f"key_cache must be [L, B = {batch}, G, R, C] with C even, not {tuple(key_cache.shape)}")
     layers, _, heads, _, size = key_cache.shape
     width = layers * 2 * heads * size
+    tensor: Tensor | PackedWeight | None
     for name, tensor, shape in (
         ("weight", weight, (width, hidden_size)),
         ("bias", bias, (width,)),

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swiftkv_models.attention import PACKED_CAUSAL, register
 from swiftkv_models.llama import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, LlamaSwiftKVModel
+from swiftkv_models.packed import PackedLinear, pack_linears
 from swiftkv_models.rewrite import FAMILIES, RewriteError, rewrite
 from swiftkv_models.rope import use_exact_positions
 from swiftkv_models.segment_cache import SinkWindowCache
@@ -23,9 +24,11 @@ __all__ = [
     "LlamaSwiftKVConfig",
     "LlamaSwiftKVForCausalLM",
     "LlamaSwiftKVModel",
+    "PackedLinear",
     "RewriteError",
     "SharedPrefix",
     "SinkWindowCache",
+    "pack_linears",
     "rewrite",
     "use_exact_positions",
 ]

@@ -1,7 +1,8 @@
 """All K/V projections of the tail as one matrix, and their product straight into a `SinkWindowCache`.
 
 The leaders' `k_proj_swiftkv` and `v_proj_swiftkv` share one input, so one product serves them all. Their weights become
-views of the stacked matrix: nothing is held twice, and what is loaded into them later is seen here.
+views of the stacked matrix: nothing is held twice, and what is loaded into them later is seen here. Packed ones, which
+never change, stay as they are, beside a packed copy of them all.
 
     L leaders   B rows   T new tokens   D hidden size   G K/V heads   C head size   N slots
 """
@@ -15,22 +16,26 @@ import torch
 from torch import nn
 
 from swiftkv_kernels.kv_projection import kv_projection
+from swiftkv_kernels.packed_linear import PackedWeight
+from swiftkv_models.packed import PackedLinear
 from swiftkv_models.segment_cache import SinkWindowCache
 
 
 class TailProjection:
     """The stacked projections of leader attention modules. Make it by `stack`."""
 
-    def __init__(self, modules: Sequence[nn.Linear]):
+    def __init__(self, modules: Sequence[nn.Linear | PackedLinear]):
         self.modules = list(modules)
-        self.weight = self._stack("weight")
+        self.packed = isinstance(modules[0], PackedLinear)
+        stacked = self._stack("weight")
+        self.weight = PackedWeight(stacked) if self.packed else stacked
         self.bias = self._stack("bias") if self.modules[0].bias is not None else None
 
     @classmethod
     def stack(cls, attentions: Sequence[Any]) -> TailProjection | None:
         """None where they are no plain linear layers of one device and dtype (adapters, models in parts)."""
         modules = [module for layer in attentions for module in (layer.k_proj_swiftkv, layer.v_proj_swiftkv)]
-        if not modules or any(type(module) is not nn.Linear for module in modules):
+        if {type(module) for module in modules} not in ({nn.Linear}, {PackedLinear}):
             return None
         kinds = {(module.weight.device, module.weight.dtype) for module in modules}
         if len(kinds) > 1 or modules[0].weight.device.type == "meta":
@@ -40,13 +45,18 @@ class TailProjection:
     def _stack(self, name: str) -> torch.Tensor:
         tensors = [getattr(module, name) for module in self.modules]
         stacked = torch.cat([tensor.detach() for tensor in tensors])
+        if self.packed:
+            return stacked
         for tensor, view in zip(tensors, stacked.split([len(tensor) for tensor in tensors]), strict=True):
             tensor.data = view
         return stacked
 
-    @property
-    def current(self) -> bool:
-        """Whether the modules' weights still are its views: `to` and some ways of loading replace them."""
+    def serves(self, attentions: Sequence[Any]) -> bool:
+        """Whether it is theirs and their weights still are its views: `to` and some ways of loading replace them."""
+        if self.modules[0] is not attentions[0].k_proj_swiftkv or self.modules[-1] is not attentions[-1].v_proj_swiftkv:
+            return False
+        if isinstance(self.weight, PackedWeight):
+            return True
         first, last, stacked = self.modules[0].weight, self.modules[-1].weight, self.weight
         end = stacked.data_ptr() + (stacked.numel() - last.numel()) * stacked.element_size()
         return first.data_ptr() == stacked.data_ptr() and last.data_ptr() == end and first.dtype == stacked.dtype

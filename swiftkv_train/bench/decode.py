@@ -2,7 +2,8 @@
 
 Both through transformers' DynamicCache and through a SinkWindowCache whose window is just full: the same number of
 tokens is attended to. Attention of the former is transformers' own sdpa, what a user has without this project, and once
-more with the query heads of a K/V head folded (baselines.py), where transformers' is slow.
+more with the query heads of a K/V head folded (baselines.py), where transformers' is slow. On a CPU all but `base`,
+which is what a user has without this project, have their linear layers packed.
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ from typing import Any
 
 import torch
 
-from swiftkv_train.bench.baselines import Dense, Ours
+from swiftkv_models import pack_linears
+from swiftkv_train.bench.baselines import Dense, Ours, sharing_weights
 from swiftkv_train.bench.turns import in_turns, numbers_from, this_device
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
-from swiftkv_train.loading import Model, load_model
+from swiftkv_train.loading import Model, load_for_inference, load_model
 from swiftkv_train.progress import Reporter
 
 SINKS = 4
 BASE = "base"  # through transformers alone: what the others are compared with
-CONTENDERS = {  # name -> whether of the checkpoint, and its cache
-    BASE: (False, "transformers"),
-    "base folded": (False, "folded"),
-    "base sinks + window": (False, "ours"),
-    "SwiftKV": (True, "transformers"),
-    "SwiftKV folded": (True, "folded"),
-    "SwiftKV sinks + window": (True, "ours"),
+CONTENDERS = {  # name -> which model, and its cache
+    BASE: ("base", "transformers"),
+    "base packed": ("base packed", "transformers"),
+    "base packed, folded": ("base packed", "folded"),
+    "base packed, sinks + window": ("base packed", "ours"),
+    "SwiftKV": ("SwiftKV", "transformers"),
+    "SwiftKV folded": ("SwiftKV", "folded"),
+    "SwiftKV sinks + window": ("SwiftKV", "ours"),
 }
 
 
@@ -38,18 +41,19 @@ def measure(checkpoint: str, base: str, batches: str, contexts: str, repeats: in
     rows_of_batch = numbers_from("--batch", batches, 1, "1,16")
     lengths = numbers_from("--context", contexts, SINKS + 1, "512,4096")
     device = this_device()
-    student = load_model(checkpoint, families=("llama_swiftkv",)).to(device)
+    student = load_for_inference(checkpoint, families=("llama_swiftkv",))
     teacher = load_model(base, families=("llama",), dtype=str(student.dtype).removeprefix("torch.")).to(device)
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UserError(
             f"vocabulary mismatch: {checkpoint} has {student.config.vocab_size} tokens, {base} has "
             f"{teacher.config.vocab_size}; give the base that the checkpoint was made from"
         )
+    models = {"SwiftKV": student, "base": teacher, "base packed": pack_linears(sharing_weights(teacher))}
     rows = []
     with Reporter().bar("decode", len(rows_of_batch) * len(lengths), "cells") as advance:
         for length in lengths:
             for batch in rows_of_batch:
-                rows.append(_row(student, teacher, batch, length, repeats))
+                rows.append(_row(models, batch, length, repeats))
                 advance(1)
                 gc.collect()
     config = student.config
@@ -67,11 +71,11 @@ def measure(checkpoint: str, base: str, batches: str, contexts: str, repeats: in
     }
 
 
-def _row(student: Model, teacher: Model, batch: int, context: int, repeats: int) -> dict[str, Any]:
-    token = torch.zeros(batch, 1, dtype=torch.long, device=student.device)
+def _row(models: dict[str, Model], batch: int, context: int, repeats: int) -> dict[str, Any]:
+    token = torch.zeros(batch, 1, dtype=torch.long, device=models[BASE].device)
     works = {}
-    for name, (is_student, kind) in CONTENDERS.items():
-        model = student if is_student else teacher
+    for name, (of, kind) in CONTENDERS.items():
+        model = models[of]
         if kind == "ours":
             ours = Ours(model, window=context - SINKS, attention_sinks=SINKS, batch=batch)
             ours.fill(context)

@@ -10,16 +10,15 @@ from swiftkv_train.bench import whole_numbers
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import time_to_first_token
-from swiftkv_train.loading import load_model
+from swiftkv_train.loading import load_for_inference
 
 
 def measure(checkpoint: str, base: str, lengths: str, repeats: int) -> dict[str, Any]:
     """Both through `generate` with one new token, taking turns, in the checkpoint's dtype, on random tokens."""
     wanted = whole_numbers("--lengths", lengths, "512,2048")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_model(checkpoint, families=("llama_swiftkv",)).to(device)
+    student = load_for_inference(checkpoint, families=("llama_swiftkv",))
     dtype = str(student.dtype).removeprefix("torch.")
-    teacher = load_model(base, families=("llama",), dtype=dtype).to(device)
+    teacher = load_for_inference(base, families=("llama",), dtype=dtype)
     longest = student.config.max_position_embeddings - 1
     if min(wanted) < 1 or max(wanted) > longest:
         raise UserError(f"--lengths {lengths!r}: every length must be from 1 to {longest}")

@@ -41,7 +41,7 @@ from swiftkv_train.bench.turns import (
 )
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.evaluate import environment
-from swiftkv_train.loading import load_model
+from swiftkv_train.loading import load_for_inference
 from swiftkv_train.progress import Reporter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,7 +76,7 @@ def measure(
     if model is not None and model_prefix < SINKS:
         raise UserError(f"--model-prefix must be at least {SINKS}, not {model_prefix}: it takes the place of the sinks")
     device = this_device()
-    whole_model = load_model(model).to(device) if model is not None else None
+    whole_model = load_for_inference(model) if model is not None else None
     shape = Shape(1, 1, suffix, heads, kv_heads, head_dim, getattr(torch, dtype))
     rows = []
     with Reporter().bar("relay", len(lengths) * len(rows_of_batch), "cells") as advance:

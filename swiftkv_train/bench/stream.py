@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import psutil
@@ -27,12 +28,11 @@ from swiftkv_train.bench.turns import (
     seconds_of,
     target,
     target_lines,
-    this_device,
 )
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import synchronize
-from swiftkv_train.loading import Model, load_model
+from swiftkv_train.loading import Model, load_for_inference
 from swiftkv_train.progress import Reporter
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts bytes, else tells of each start
@@ -67,8 +67,7 @@ def measure(
             raise UserError(
                 f"{option} {length} must be more than the {sinks + largest} of sinks and window: only then is it full"
             )
-    device = this_device()
-    model = load_model(path).to(device)
+    model = load_for_inference(path)
     rows, attention = [], []
     with Reporter().bar("stream", len(sizes) * LENGTHS, "lengths") as advance:
         for window in sizes:
@@ -209,9 +208,11 @@ def _resident_bytes(device: torch.device) -> int:
 
 
 def _trend(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Over the run, relative to the median: change of the straight line through all points, largest distance of one."""
+    """Over the run, relative to the median: change by the median slope of all pairs of points (Theil-Sen: a machine
+    that runs at another clock for a while does not tilt it), largest distance of one."""
     middle = statistics.median(values)
-    slope = statistics.linear_regression(range(len(values)), values).slope
+    pairs = combinations(enumerate(values), 2)
+    slope = statistics.median((later - earlier) / (j - i) for (i, earlier), (j, later) in pairs)
     return {
         f"{name}_slope": slope * (len(values) - 1) / middle,
         f"{name}_deviation": max(abs(value - middle) for value in values) / middle,

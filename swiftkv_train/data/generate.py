@@ -26,7 +26,7 @@ from swiftkv_train.data.identity import hash_files, record_path
 from swiftkv_train.data.packing import random_generator
 from swiftkv_train.data.tokenize import tokenizer_fingerprint
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_config, load_model, pad_token_id
+from swiftkv_train.loading import load_config, load_for_inference, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import GenerateSection, ModelSection, Source
 
@@ -160,11 +160,10 @@ class Speaker:
 
     @cached_property
     def _model(self) -> Any:
-        import torch
         from transformers import GenerationConfig
 
         base = self.base
-        model = load_model(base.base, dtype=base.dtype, revision=base.revision, families=("llama",))
+        model = load_for_inference(base.base, dtype=base.dtype, revision=base.revision, families=("llama",))
         ends = model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         # Not the base's own sampling settings: what it says is to be what it holds likely.
@@ -176,7 +175,7 @@ class Speaker:
             eos_token_id=[ends] if isinstance(ends, int) else ends,
             pad_token_id=pad_token_id(self.tokenizer),
         )
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model
 
     @property
     def _end_ids(self) -> list[int]:

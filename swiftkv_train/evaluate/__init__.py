@@ -17,7 +17,7 @@ from swiftkv_train.evaluate.quality import source_quality
 from swiftkv_train.evaluate.report import write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
 from swiftkv_train.export.card import replace_figures
-from swiftkv_train.loading import Model, Tokenizer, load_model, load_tokenizer, pad_token_id
+from swiftkv_train.loading import Model, Tokenizer, load_for_inference, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import summarise
 from swiftkv_train.recipe import Recipe, Source
@@ -58,8 +58,8 @@ def evaluate(
     """
     limits = [_parse_gate(gate) for gate in gates or []]
     report = Reporter(enabled=not quiet)
-    student_model = load_model(checkpoint, families=("llama_swiftkv",))
-    base_model = load_model(base, families=("llama",), dtype=str(student_model.dtype).removeprefix("torch."))
+    student_model = load_for_inference(checkpoint, families=("llama_swiftkv",))
+    base_model = load_for_inference(base, families=("llama",), dtype=str(student_model.dtype).removeprefix("torch."))
     tokenizer = load_tokenizer(checkpoint)
     vocabularies = student_model.config.vocab_size, base_model.config.vocab_size
     if vocabularies[0] != vocabularies[1]:
@@ -75,8 +75,6 @@ def evaluate(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"report {directory} cannot be written: {error.strerror}") from None
-    for model in (student_model, base_model):
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     recipe = _recipe_of(checkpoint)
     recipes = (recipe.data.test or recipe.data.held_out) if recipe else []

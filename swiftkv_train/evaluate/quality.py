@@ -59,7 +59,7 @@ def same_trunk(student: Model, base: Model) -> bool:
     return all(
         torch.equal(mine, other)
         for left, right in modules
-        for mine, other in zip(left.parameters(), right.parameters(), strict=True)
+        for mine, other in zip(left.state_dict().values(), right.state_dict().values(), strict=True)
     )
 
 

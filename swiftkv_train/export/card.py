@@ -44,8 +44,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dty
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads the model's config too
 ```
 
-`generate` skips the tail for prompt tokens by itself. The files beside the weights are all the code it needs, also for
-these caches:
+`generate` skips the tail for prompt tokens by itself; on a CPU, `model.pack_linears()` before it makes tokens come
+faster. The files beside the weights are all the code it needs, also for these caches:
 
 ```python
 inputs = tokenizer(SYSTEM_PROMPT + "...", add_special_tokens=False, return_tensors="pt")

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_model, load_tokenizer
+from swiftkv_train.loading import load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
     EngineStoppingError,
@@ -52,8 +52,7 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
     tokenizer = load_tokenizer(str(directory))
     if not tokenizer.chat_template:
         raise UserError(f"{directory}: its tokenizer has no chat template; add the base model's chat_template.jinja")
-    model: Any = load_model(str(directory), dtype=dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return load_for_inference(str(directory), dtype=dtype), tokenizer
 
 
 class _Job:

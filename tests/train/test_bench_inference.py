@@ -197,6 +197,8 @@ def test_trend_of_a_long_run():
     straight = stream._trend("x", [100.0, 110.0, 120.0, 130.0, 140.0])
     assert straight == {"x_slope": pytest.approx(40 / 120), "x_deviation": pytest.approx(20 / 120)}
     assert stream._trend("x", [3.0] * 5) == {"x_slope": 0.0, "x_deviation": 0.0}
+    slower_clock = stream._trend("x", [1.0] * 30 + [0.7] * 20 + [1.0] * 50)
+    assert slower_clock == {"x_slope": 0.0, "x_deviation": pytest.approx(0.3)}
 
 
 def test_targets_are_of_the_worst_length():
@@ -251,7 +253,7 @@ def test_decode(result_of):
     for row in result["rows"]:
         cells = row["contenders"]
         assert next(iter(cells)) == "base"
-        assert len(cells) == 6
+        assert len(cells) == 7
         for cell in cells.values():
             assert cell["seconds"] == statistics.median(cell["all_seconds"])
             assert cell["speedup"] == cells["base"]["seconds"] / cell["seconds"]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from swiftkv_models import rewrite
+from swiftkv_models import pack_linears, rewrite
 from swiftkv_train.data import Batch
 from swiftkv_train.evaluate.quality import same_trunk, source_quality
 from swiftkv_train.quality import summarise, token_measures
@@ -17,6 +17,15 @@ def packed_batch(lengths: list[int], rows: int) -> Batch:
     ends = position_ids.roll(-1, dims=1) == 0
     input_ids = random_ids(*position_ids.shape)
     return Batch(input_ids, position_ids, ~ends, torch.ones_like(ends), torch.zeros(rows, dtype=torch.long))
+
+
+@pytest.mark.parametrize("changed", [None, "self_attn.k_proj", "mlp.down_proj"])
+def test_another_trunk_is_noticed_in_packed_models_too(changed):
+    base = tiny_llama(dtype=torch.float32)
+    student = rewrite(copy.deepcopy(base), num_key_value_layers=3)
+    if changed:
+        student.model.layers[2].get_submodule(changed).weight.data[0, 0] += 1.0
+    assert same_trunk(pack_linears(student), pack_linears(base)) == (changed is None)
 
 
 @pytest.mark.parametrize("trunk", ["shared", "another"])

@@ -1,0 +1,63 @@
+"""Models whose linear layers are packed for the CPU (`swiftkv_kernels.packed_linear`): the same numbers, sooner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from swiftkv_kernels.packed_linear import PackedWeight, packed_linear, packed_linear_backend
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that stays as it is: its weight is held packed, once, and gets no gradient."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = PackedWeight(linear.weight)
+        self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[O, I], a copy."""
+        return self.packed.dense()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return packed_linear(hidden_states, self.packed, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        moved = fn(torch.empty(0, dtype=self.packed.dtype))
+        if (moved.device, moved.dtype) != (self.packed.device, self.packed.dtype):
+            raise ValueError(
+                f"linear layers packed for {self.packed.dtype} on {self.packed.device} cannot become {moved.dtype} on "
+                f"{moved.device}: call pack_linears after `to`"
+            )
+        return self
+
+
+def pack_linears(model: nn.Module, *, but: str | None = None) -> nn.Module:
+    """`model`, its linear layers packed in place where this machine can, but for those with `but` in their name.
+
+    A packed layer stays as it is: gradients go through it, none to its weight. A step of few tokens takes half of the
+    time. Weights are not held twice, but for a head that is tied to the embeddings. On a GPU, and where torch has no
+    oneDNN for the dtype, the model stays as it was; so do layers of other classes (adapters, quantised ones).
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and _packable(child.weight) and (but is None or but not in name):
+                setattr(parent, name, PackedLinear(child))
+    return model
+
+
+def _packable(weight: torch.Tensor) -> bool:
+    return packed_linear_backend(weight.device, weight.dtype) == "onednn"
