@@ -49,6 +49,10 @@ class _Keys(NamedTuple):
         positions = None if self.positions is None else self.positions[part]
         return _Keys(self.key[part], self.value[part], positions, *scales)
 
+    def heads(self, part: slice) -> _Keys:
+        scales = (None if scale is None else scale[:, part] for scale in self[3:])
+        return _Keys(self.key[:, part], self.value[:, part], self.positions, *scales)
+
     def slots(self, start: int, stop: int) -> _Keys:
         if (start, stop) == (0, self.key.shape[2]):
             return self
@@ -254,7 +258,7 @@ def _attend(
     """
     if keys.key.shape[2] == 0:
         return torch.zeros_like(rows), torch.full_like(rows[..., 0], float("-inf"), dtype=_accumulate(rows))
-    if keys.key_scale is None and rows.device.type == "cpu" and not _products_are_faster(rows):
+    if keys.key_scale is None and rows.device.type == "cpu" and not _products_are_faster(rows, keys.key.shape[2]):
         with contextlib.suppress(AttributeError, RuntimeError):  # another torch may lack it, or take other arguments
             return _flash(rows, keys, hidden, change, scaling)
     return _products(rows, keys, hidden, change, scaling)
@@ -287,6 +291,36 @@ def _flash(
 
 
 def _products(
+    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`_product` in tiles of the batch, of K/V heads and of keys, whose scores stay in the cores' own caches."""
+    batch, groups, ratio, length, size = rows.shape
+    slots, numbers = keys.key.shape[2], max(ratio * length, size)  # of a slot: scores, or its unpacked key
+    few_slots = min(slots, max(1, WORK // numbers))
+    fitting = max(1, WORK // (numbers * few_slots))
+    few_groups = min(groups, fitting)
+    few_rows = max(1, fitting // groups)
+    by_row = []
+    for row in _parts(batch, few_rows):
+        by_group = []
+        for group in _parts(groups, few_groups):
+            its_keys, its_hidden = keys.rows(row).heads(group), None if hidden is None else hidden[row]
+            its_change = None if change is None else change[row, group]
+            by_slot = []
+            for part in _parts(slots, few_slots):
+                seen_hidden, seen_change = (None if x is None else x[..., part] for x in (its_hidden, its_change))
+                seen = its_keys.slots(part.start, part.stop)
+                by_slot.append(_product(rows[row, group], seen, seen_hidden, seen_change, scaling))
+            by_group.append(by_slot[0] if len(by_slot) == 1 else merge_partials(*zip(*by_slot, strict=True)))
+        by_row.append(_joined(by_group, dim=1))
+    return _joined(by_row, dim=0)
+
+
+def _parts(number: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def _product(
     rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Scales multiply scores and weights, fp32 both: packed K/V are exact in bf16 without them."""
@@ -325,11 +359,16 @@ def _accumulate(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
 
 
-def _products_are_faster(rows: Tensor) -> bool:
-    """Than torch's flash operator: with many bf16 rows, on a CPU with matrix units, as causal_attention found."""
-    return rows.dtype == torch.bfloat16 and rows[0, 0, ..., 0].numel() >= BLOCK and _has_matrix_units()
+def _products_are_faster(rows: Tensor, slots: int) -> bool:
+    """Than torch's flash operator: with many bf16 rows, where the CPU multiplies bf16, as measured on one of each."""
+    if rows.dtype != torch.bfloat16:
+        return False
+    queries = rows[0, 0, ..., 0].numel()
+    if _supported("amx_tile"):
+        return queries >= BLOCK
+    return queries >= 24 and rows[..., 0].numel() * slots >= 1 << 17 and _supported("avx512_bf16")
 
 
 @functools.cache
-def _has_matrix_units() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # False where it goes by another name
+def _supported(feature: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())  # False where it goes by another name

@@ -64,19 +64,32 @@ def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
     assert bool(called) == (how == "refuses")
 
 
-@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("feature", ["amx_tile", "avx512_bf16", None])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_products_where_bf16_has_matrix_units(monkeypatch, units, dtype):
+def test_products_where_the_cpu_multiplies_bf16(monkeypatch, feature, dtype):
     """For many rows only; the setting that puts fp32 products of bf16 numbers there is restored."""
-    monkeypatch.setattr(torch_path, "_has_matrix_units", lambda: units)
+    monkeypatch.setattr(torch_path, "_supported", lambda asked: asked == feature)
     settings = torch.backends.mkldnn.matmul.fp32_precision
-    for length, many in ((1, False), (200, True)):
-        case = make(1, length, 40, pinned=4, prefixes=0, dtype=dtype)
+    for length, slots, products in ((1, 40, []), (200, 40, ["amx_tile"]), (100, 700, ["amx_tile", "avx512_bf16"])):
+        case = make(1, length, slots, pinned=4, prefixes=0, dtype=dtype)
         with Watch() as watch:
             found = case(segment_attention)
         assert_close(found, case(naive_segment_attention), case, "cpu")
-        assert (FLASH not in watch.calls) == (units and many and dtype == BF16)
+        assert (FLASH not in watch.calls) == (dtype == BF16 and feature in products)
     assert torch.backends.mkldnn.matmul.fp32_precision == settings
+
+
+@pytest.mark.parametrize(
+    "work", [1, 300, 2500, 9000]
+)  # a slot of a head of a row; of all slots; of all heads; more rows
+@pytest.mark.parametrize("options", [{}, {"pinned": 4}, {"pinned": 4, "prefixes": 0}], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_products_in_tiles(monkeypatch, work, options, dtype):
+    monkeypatch.setattr(torch_path, "WORK", work)
+    monkeypatch.setattr(torch_path, "_flash", torch_path._products)
+    for shape in ((3, 1, 20, 15), (2, 5, 9, 40)):
+        case = make(*shape, **options, dtype=dtype)
+        assert_close(case(segment_attention), case(naive_segment_attention), case, "cpu")
 
 
 def test_a_prefix_is_read_once_for_all_rows_of_its_group():
