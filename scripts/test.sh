@@ -5,9 +5,10 @@ cd "$(dirname "$0")/.."
 
 scripts/setup.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
-if [ $# -eq 0 ]; then
-    ruff check .
-    ruff format --check .
-    mypy
+if [ $# -gt 0 ]; then
+    exec pytest "$@"
 fi
-exec pytest "$@"
+ruff check .
+ruff format --check .
+mypy
+exec pytest --numprocesses 2 --dist loadfile
