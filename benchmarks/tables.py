@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,9 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
     return " ".join(f"{', '.join(names)}: {place}." for place, names in files.items())
 
 
-def variants() -> str:
-    """KL over training tokens of the variants of quality/start.json, kinds trained on / other kinds."""
-    result = load("quality/start.json")
+def variants(name: str) -> str:
+    """KL over training tokens of a file's variants, kinds trained on / other kinds."""
+    result = load(name)
     points = [point["tokens"] for point in result["variants"][0]["points"]]
     lines = [f"| variant | {' | '.join(f'{tokens:,}' for tokens in points)} | tokens to the first's last KL |"]
     lines.append("|---" * (len(points) + 2) + "|")
@@ -252,7 +253,12 @@ def forms() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets, "inference": inference}
-STUDY: dict[str, Callable[[], str]] = {"variants": variants, "forms": forms}
+STUDY: dict[str, Callable[[], str]] = {
+    "variants": partial(variants, "quality/start.json"),
+    "groups2": partial(variants, "quality/groups2.json"),
+    "groups4": partial(variants, "quality/groups4.json"),
+    "forms": forms,
+}
 FILES = {README: TABLES, FOLDER / "quality/README.md": STUDY}
 
 

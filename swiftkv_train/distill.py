@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from swiftkv_kernels import distillation_kl
-from swiftkv_models import LlamaSwiftKVForCausalLM, pack_linears
+from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve, undetermined
 from swiftkv_train.checkpointing import Checkpointer, on_main
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
@@ -220,8 +220,6 @@ class Distillation:
         quantization = recipe.model.quantization
         if not (self.strategy.shards_weights or quantization):  # else a device may be too small for all of it
             model.to(accelerator.device)
-            if model.device.type == "cpu":
-                pack_linears(model.model, but="_swiftkv")  # the head's weight is the loss's
         use_training_attention(model)
         checkpoint = self.checkpoints.resumed
         if checkpoint is None:

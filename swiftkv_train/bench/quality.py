@@ -39,7 +39,7 @@ def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: s
     for name, recipe in recipes.items():
         variant, model = _variant(name, recipe)
         variants.append(variant)
-    settings = {name: recipe_origin(recipe) for name, recipe in recipes.items()}
+    settings = {name: _settings(recipe) for name, recipe in recipes.items()}
     reference = settings[variants[0]["name"]]
     differing = [
         key
@@ -58,6 +58,13 @@ def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: s
         "variants": variants,
         "summary": [line for variant in variants for line in _lines(variant, variants[0]["name"])],
     }
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """By the path of their key; groups of layers as they stand in a recipe."""
+    groups = "rewrite.key_value_groups"
+    single = {key: value for key, value in recipe_origin(recipe).items() if not key.startswith(groups)}
+    return {**single, groups: recipe.rewrite.key_value_groups}
 
 
 def _recipes(

@@ -44,6 +44,15 @@ def test_every_point_is_of_the_variants_own_run(result_of, variants):
     assert Path("results/result.png").stat().st_size > 5000
 
 
+def test_groups_of_layers_are_one_setting(variants):
+    Path("grouped.yaml").write_text("extends: calibrated.yaml\nrewrite: {key_value_groups: [[3], [4, 5]]}\n")
+    plain, grouped = (quality._settings(load_recipe(name)) for name in ("calibrated.yaml", "grouped.yaml"))
+    assert {key: grouped[key] for key in grouped if grouped[key] != plain[key]} == {
+        "rewrite.key_value_groups": [[3], [4, 5]]
+    }
+    assert plain.keys() == grouped.keys()
+
+
 def test_a_second_call_trains_nothing_again(bench, variants, monkeypatch):
     call = ["quality", *variants, "--points", "1", "--tokens", "256", "--runs", "runs", "--json"]
     status, first, _ = bench(*call)
