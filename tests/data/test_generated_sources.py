@@ -91,7 +91,7 @@ def other_base(base: ModelSection, tmp_path: Path) -> ModelSection:
 def test_a_second_start_says_nothing(say, monkeypatch):
     path = say()
     before = path.stat()
-    monkeypatch.setattr(generate, "load_model", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(generate, "load_for_inference", lambda *_, **__: pytest.fail("the base was loaded"))
     assert say() == path
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 

@@ -25,14 +25,14 @@ def talk(make_recipe, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short_context(monkeypatch):
-    load = chat_module.load_model
+    load = chat_module.load_for_inference
 
     def load_short(path):
         model = load(path)
         model.config.max_position_embeddings = 128
         return model
 
-    monkeypatch.setattr(chat_module, "load_model", load_short)
+    monkeypatch.setattr(chat_module, "load_for_inference", load_short)
 
 
 def test_without_a_window_it_ends_and_says_what_helps(talk):
