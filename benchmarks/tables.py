@@ -131,7 +131,7 @@ def decode_rows(decode: dict[str, Any]) -> list[str]:
     for row in decode["rows"]:
         base, *others = row["contenders"].items()
         for name, cell in others:
-            if "failed" not in cell and "folded" not in name:
+            if "failed" not in cell:
                 lines.append(
                     f"| a generated token, batch {row['batch']}, context {row['context']:,}, {name} against {base[0]} "
                     f"| {milliseconds(cell)} | {milliseconds(base[1])} | {cell['speedup']:.2f} "

@@ -1,4 +1,4 @@
-"""Keep memory that was freed, so that a training step on CPU does not fault the same pages in again and again."""
+"""Keep memory that was freed, so that work on CPU does not fault the same pages in again and again."""
 
 from __future__ import annotations
 

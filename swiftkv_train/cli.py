@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.errors import RunError, UserError
 
 app = typer.Typer(
@@ -175,12 +176,10 @@ def distill(
 
 
 def _distil(recipe: str, overrides: list[str] | None, **options: bool) -> int:
-    from swiftkv_train.allocator import keep_freed_memory
     from swiftkv_train.recipe import load_recipe
     from swiftkv_train.stopping import Stop, Stopped
 
     checked = load_recipe(recipe, overrides)  # before torch is loaded: a typing error answers at once
-    keep_freed_memory()
     with Stop().watching() as stop:
         try:
             from swiftkv_train.distill import distill as run
@@ -240,9 +239,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure what the rewrite cost and gained: held-out KL, agreement, perplexity, first token, K/V bytes, answers."""
-    from swiftkv_train.allocator import keep_freed_memory
-
-    keep_freed_memory()
     from swiftkv_train.evaluate import evaluate as run
 
     result = run(checkpoint, base=base, report_dir=report, data=data, tokens=tokens, gates=gate)
@@ -549,6 +545,7 @@ def _say(text: str) -> None:
 
 def main(*prefix: str) -> None:
     """Entry point. A user's mistake becomes one line and status 2, a failure one line and status 1."""
+    keep_freed_memory()
     try:
         status = app(args=[*prefix, *sys.argv[1:]], prog_name="swiftkv", standalone_mode=False)
     except UsageError as error:

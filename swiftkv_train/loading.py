@@ -78,12 +78,12 @@ def load_model(
 
 
 def load_for_inference(path: str, **arguments: Any) -> Model:
-    """`load_model`'s, on the GPU if there is one; on a CPU with packed linear layers, which stay as they are."""
+    """`load_model`'s, on the GPU if there is one, on a CPU optimised for it: for inference alone."""
     import torch
 
-    from swiftkv_models import pack_linears
+    from swiftkv_models import optimize_for_cpu
 
-    return pack_linears(load_model(path, **arguments).to("cuda" if torch.cuda.is_available() else "cpu"))
+    return optimize_for_cpu(load_model(path, **arguments).to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_config(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM, RewriteError, rewrite
+from swiftkv_models import PACKED_CAUSAL, SDPA, LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import Model, load_model
 from swiftkv_train.quantized_base import quiet_bitsandbytes
@@ -91,7 +91,7 @@ def checkpoint_tail(model: LlamaSwiftKVForCausalLM) -> None:
 
 def use_training_attention(model: Model) -> None:
     """Where torch's own attention is slow for whole sequences (CPU), take the kernels' instead."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if model.device.type == "cpu" and model.config._attn_implementation in SDPA:
         model.set_attn_implementation(PACKED_CAUSAL)
 
 

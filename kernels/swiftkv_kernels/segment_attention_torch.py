@@ -107,11 +107,15 @@ def segment_attention_torch(
     return output.reshape(query.shape).to(query.dtype)
 
 
-def attend_all(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """One query a row, [B, H, 1, C], to which all K and V [B, G, N, C] are visible; nothing is checked."""
+def attend_all(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """One query a row, [B, H, 1, C], over K and V [B, G, N, C], all of them or those `visible` [B, 1, 1, N]; nothing is
+    checked."""
     batch, heads, _, size = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-    return functional.scaled_dot_product_attention(rows, key, value, scale=scaling).reshape(query.shape)
+    output = functional.scaled_dot_product_attention(rows, key, value, attn_mask=visible, scale=scaling)
+    return output.reshape(query.shape)
 
 
 def merge_partials(outputs: Sequence[Tensor], log_sum_exps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,13 @@
 """SwiftKV forms of transformers models: configuration, model classes and the conversion of base weights.
 
 Importing it makes `AutoConfig` and `AutoModelForCausalLM` know the new model types, and transformers the
-attention implementation `packed_causal`.
+attention implementations `packed_causal` and `grouped_sdpa`.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swiftkv_models.attention import PACKED_CAUSAL, register
+from swiftkv_models.attention import GROUPED, PACKED_CAUSAL, SDPA
+from swiftkv_models.cpu import optimize_for_cpu
 from swiftkv_models.llama import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, LlamaSwiftKVModel
 from swiftkv_models.packed import PackedLinear, pack_linears
 from swiftkv_models.rewrite import FAMILIES, RewriteError, rewrite
@@ -14,13 +15,14 @@ from swiftkv_models.rope import use_exact_positions
 from swiftkv_models.segment_cache import SinkWindowCache
 from swiftkv_models.shared_prefix import SharedPrefix
 
-register()
 AutoConfig.register("llama_swiftkv", LlamaSwiftKVConfig, exist_ok=True)
 AutoModelForCausalLM.register(LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, exist_ok=True)
 
 __all__ = [
     "FAMILIES",
+    "GROUPED",
     "PACKED_CAUSAL",
+    "SDPA",
     "LlamaSwiftKVConfig",
     "LlamaSwiftKVForCausalLM",
     "LlamaSwiftKVModel",
@@ -28,6 +30,7 @@ __all__ = [
     "RewriteError",
     "SharedPrefix",
     "SinkWindowCache",
+    "optimize_for_cpu",
     "pack_linears",
     "rewrite",
     "use_exact_positions",

@@ -1,4 +1,9 @@
-"""`swiftkv_kernels.causal_attention` as an attention implementation of transformers, for training on CPU."""
+"""Attention implementations for transformers on a CPU, where its own are slow.
+
+`packed_causal`: `swiftkv_kernels.causal_attention`, for whole sequences: training.
+`grouped_sdpa`: for inference with any of transformers' caches. Its own sdpa repeats K/V for the query heads that share
+them; here these heads are rows of one product, for a single query, and long prompts take `causal_attention`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,16 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from swiftkv_kernels.causal_attention import causal_attention
+from swiftkv_kernels.segment_attention_torch import attend_all
 
 PACKED_CAUSAL = "packed_causal"
+GROUPED = "grouped_sdpa"
+SDPA = ("sdpa", GROUPED)  # which leave the causal mask to the operator where nothing is padded
+LONG_PROMPT = 512  # tokens from which causal_attention is faster than torch's operator
 
 
 def packed_causal_attention(
@@ -30,7 +40,31 @@ def packed_causal_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' calling convention; output [B, T, H, C]. What it has nothing better for, sdpa does."""
+    length = query.shape[2]
+    if query.device.type == "cpu" and not dropout:
+        if length == 1:
+            return attend_all(query, key, value, scaling, attention_mask).transpose(1, 2), None
+        if length == key.shape[2] >= LONG_PROMPT:
+            return packed_causal_attention(module, query, key, value, attention_mask, scaling=scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
 def register() -> None:
-    """Make `attn_implementation="packed_causal"` known to transformers."""
-    AttentionInterface.register(PACKED_CAUSAL, packed_causal_attention)
-    AttentionMaskInterface.register(PACKED_CAUSAL, sdpa_mask)
+    """Make both known to transformers."""
+    for name, attention in ((PACKED_CAUSAL, packed_causal_attention), (GROUPED, grouped_attention)):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+register()

@@ -7,8 +7,8 @@
     re-rotate              StreamingLLM's own rule, which rotates all keys anew for every token (rerotate.py)
     re-rotate published    the same with the operations of its authors' code
 
-All run the same weights. The others are given what they lack in transformers: the query heads of a K/V head side by
-side in one product, without which GQA in bf16 takes several times as long on a CPU (`FOLDED`).
+All run the same weights. The others are given what they lack in transformers: `grouped_sdpa`, without which GQA in bf16
+takes several times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -20,52 +20,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from swiftkv_models import GROUPED
 from swiftkv_models.segment_cache import SinkWindowCache
 from swiftkv_models.segment_layer import KeyValues
 from swiftkv_train.bench.memory import most_allocated
 from swiftkv_train.loading import Model
 
-FOLDED = "folded_sdpa"
 BLOCK = 256  # tokens of random K/V that are drawn; longer ones repeat them
 
 
-def _folded_sdpa(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' sdpa, on CPU with single queries folded."""
-    if query.shape[2] > 1 or attention_mask is not None or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return folded_attention(query, key, value, scaling).transpose(1, 2), None
-
-
-def folded_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
-    """Attention [B, H, 1, C] of single queries [B, H, 1, C]; K and V [B, G, N, C]."""
-    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    return scaled_dot_product_attention(folded, key, value, scale=scaling).reshape(query.shape)
-
-
-AttentionInterface.register(FOLDED, _folded_sdpa)
-AttentionMaskInterface.register(FOLDED, sdpa_mask)
-
-
 def sharing_weights(model: Model) -> Model:
-    """A model of its own, to change, with the same weights. It attends with FOLDED."""
+    """A model of its own, to change, with the same weights. It attends with GROUPED."""
     known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     known[id(getattr(model.model, "_tail_projection", None))] = None  # for `ours` alone; of weights that it stacked
     twin = copy.deepcopy(model, known)
-    twin.config._attn_implementation = FOLDED
+    twin.config._attn_implementation = GROUPED
     return twin
 
 

@@ -1,9 +1,8 @@
 """`swiftkv bench decode`: the time of a generated token of a checkpoint and of its base, by batch and context.
 
 Both through transformers' DynamicCache and through a SinkWindowCache whose window is just full: the same number of
-tokens is attended to. Attention of the former is transformers' own sdpa, what a user has without this project, and once
-more with the query heads of a K/V head folded (baselines.py), where transformers' is slow. On a CPU all but `base`,
-which is what a user has without this project, have their linear layers packed.
+tokens is attended to. `base` is what a user has without this project, transformers' own sdpa and linear layers; on a
+CPU the others are made ready for it by `optimize_for_cpu`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from swiftkv_models import pack_linears
+from swiftkv_models import optimize_for_cpu
 from swiftkv_train.bench.baselines import Dense, Ours, sharing_weights
 from swiftkv_train.bench.turns import in_turns, numbers_from, this_device
 from swiftkv_train.errors import UserError
@@ -24,14 +23,12 @@ from swiftkv_train.progress import Reporter
 
 SINKS = 4
 BASE = "base"  # through transformers alone: what the others are compared with
-CONTENDERS = {  # name -> which model, and its cache
-    BASE: ("base", "transformers"),
-    "base packed": ("base packed", "transformers"),
-    "base packed, folded": ("base packed", "folded"),
-    "base packed, sinks + window": ("base packed", "ours"),
-    "SwiftKV": ("SwiftKV", "transformers"),
-    "SwiftKV folded": ("SwiftKV", "folded"),
-    "SwiftKV sinks + window": ("SwiftKV", "ours"),
+CONTENDERS = {  # name -> which model, and whether its cache is ours
+    BASE: (BASE, False),
+    "base optimized": ("base optimized", False),
+    "base optimized, sinks + window": ("base optimized", True),
+    "SwiftKV": ("SwiftKV", False),
+    "SwiftKV, sinks + window": ("SwiftKV", True),
 }
 
 
@@ -48,7 +45,7 @@ def measure(checkpoint: str, base: str, batches: str, contexts: str, repeats: in
             f"vocabulary mismatch: {checkpoint} has {student.config.vocab_size} tokens, {base} has "
             f"{teacher.config.vocab_size}; give the base that the checkpoint was made from"
         )
-    models = {"SwiftKV": student, "base": teacher, "base packed": pack_linears(sharing_weights(teacher))}
+    models = {"SwiftKV": student, "base": teacher, "base optimized": optimize_for_cpu(sharing_weights(teacher))}
     rows = []
     with Reporter().bar("decode", len(rows_of_batch) * len(lengths), "cells") as advance:
         for length in lengths:
@@ -74,16 +71,16 @@ def measure(checkpoint: str, base: str, batches: str, contexts: str, repeats: in
 def _row(models: dict[str, Model], batch: int, context: int, repeats: int) -> dict[str, Any]:
     token = torch.zeros(batch, 1, dtype=torch.long, device=models[BASE].device)
     works = {}
-    for name, (of, kind) in CONTENDERS.items():
+    for name, (of, with_ours) in CONTENDERS.items():
         model = models[of]
-        if kind == "ours":
+        if with_ours:
             ours = Ours(model, window=context - SINKS, attention_sinks=SINKS, batch=batch)
             ours.fill(context)
             works[name] = partial(ours.feed, token)
             continue
         dense = Dense(model, batch=batch)
         dense.reach(context)
-        if kind == "transformers":
+        if name == BASE:
             dense.model.config._attn_implementation = "sdpa"
         works[name] = partial(dense.feed, token)
     cells = in_turns(works, repeats, token.device, must_run=BASE)

@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from swiftkv_kernels.segment_attention_torch import attend_all
 from swiftkv_models.rope import inverse_frequencies, rotate, rotation
-from swiftkv_train.bench.baselines import Growing, cached_layers, folded_attention, random_key_values
+from swiftkv_train.bench.baselines import Growing, cached_layers, random_key_values
 from swiftkv_train.loading import Model
 
 
@@ -161,7 +162,7 @@ class ReRotate(Growing):
         for layer in self.cache.layers:
             keys, values = layer.update(states, states)
             if query.device.type == "cpu":
-                folded_attention(query, keys, values)
+                attend_all(query, keys, values)
             else:
                 scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 

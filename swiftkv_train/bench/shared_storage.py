@@ -27,7 +27,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
 from swiftkv_kernels.segment_attention_torch import attend_all, merge_partials
 from swiftkv_models.shared_prefix import sharing_pays
-from swiftkv_train.bench.baselines import folded_attention
 from swiftkv_train.bench.turns import OURS
 
 PLAIN, PER_REQUEST, FLASHINFER = "plain", "per request", "flashinfer"
@@ -113,7 +112,7 @@ def with_prefix(layer: LayerTensors) -> tuple[Tensor, Tensor]:
 def plain(layer: LayerTensors) -> Attention:
     key, value = with_prefix(layer)
     if layer.key.device.type == "cpu":
-        return partial(folded_attention, layer.query, key, value)
+        return partial(attend_all, layer.query, key, value)
     return partial(scaled_dot_product_attention, layer.query, key, value, enable_gqa=True)
 
 

@@ -44,7 +44,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dty
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads the model's config too
 ```
 
-`generate` skips the tail for prompt tokens by itself; on a CPU, `model.pack_linears()` before it makes tokens come
+`generate` skips the tail for prompt tokens by itself; on a CPU, `model.optimize_for_cpu()` before it makes tokens come
 faster. The files beside the weights are all the code it needs, also for these caches:
 
 ```python

@@ -73,7 +73,7 @@ def test_the_tails_projections_are_stacked_anew_once_packed():
     model = swiftkv_model()
     for packed in (False, True):
         if packed:
-            model.pack_linears()
+            pack_linears(model)
         cache = SinkWindowCache(model.config, window=8, attention_sinks=2)
         for token in random_ids(1, 3).split(1, dim=1):
             model(token, past_key_values=cache, use_cache=True)

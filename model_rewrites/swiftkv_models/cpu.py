@@ -1,0 +1,20 @@
+"""A model made ready for inference on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swiftkv_models.attention import GROUPED
+from swiftkv_models.packed import pack_linears
+
+
+def optimize_for_cpu(model: Any) -> Any:
+    """`model`, base or SwiftKV, its linear layers packed (`pack_linears`) and its sdpa attention `grouped_sdpa`.
+
+    The same numbers but for rounding, for inference alone. A model on another device stays as it is.
+    """
+    if model.device.type == "cpu":
+        pack_linears(model)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(GROUPED)
+    return model
