@@ -47,10 +47,12 @@ with torch.no_grad():
     relay = model(ids[:, prefix_tokens:], past_key_values=relay_cache).logits
     both = model.sink_window_cache(window=window, prefixes=prefix, input_ids=ids)
     model.generate(ids, past_key_values=both, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    optimized = model.optimize_for_cpu()(ids, use_cache=False).logits
 stored = sum(t.numel() for layer in prefill.past_key_values.layers if layer.keys is not None
              for t in (layer.keys, layer.values))
 save_file({"full": full.float().contiguous(), "prefill": prefill.logits.float().contiguous(),
            "stream": stream.float().contiguous(), "relay": relay.float().contiguous(),
+           "optimized": optimized.float().contiguous(),
            "generated": generated, "stored": torch.tensor(stored)}, output)
 """
 
@@ -59,7 +61,7 @@ save_file({"full": full.float().contiguous(), "prefill": prefill.logits.float().
 def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> float:
     """Largest difference between the logits of `directory`, loaded alone, and of `model`; relative to their spread.
 
-    In plain attention, in a skipping prefill, with a shared prefix, and in a stream past its window.
+    In plain attention, optimised for a CPU, in a skipping prefill, with a shared prefix, in a stream past its window.
 
     Raises:
         RunError: it does not load, its logits differ, or its prefill or cache are not SwiftKV's.
@@ -97,6 +99,7 @@ def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> f
         name: float((found[name] - wanted.float().cpu()).abs().max()) / spread
         for name, wanted in (
             ("full", expected),
+            ("optimized", expected),
             ("prefill", expected[:, -1:]),
             ("relay", relayed),
             ("stream", streamed),
