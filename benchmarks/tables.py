@@ -95,14 +95,15 @@ def milliseconds(cell: dict[str, Any]) -> str:
 
 
 def against(row: dict[str, Any], what: str, file: str) -> list[str]:
-    """Ours against each contender of a row that was measured."""
-    ours, *others = row["contenders"].items()
-    return [
-        f"| {what}, against {other} | {milliseconds(ours[1])} | {milliseconds(cell)} "
-        f"| {cell['speedup']:.2f} | `{file}` |"
-        for other, cell in others
-        if "failed" not in cell
-    ]
+    """Ours against the contenders of a row that were measured."""
+    (_, ours), *others = row["contenders"].items()
+    others = [(name, cell) for name, cell in others if "failed" not in cell]
+    if not others:
+        return []
+    names = "; ".join(name for name, _ in others)
+    theirs = "; ".join(milliseconds(cell) for _, cell in others)
+    ratios = "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
+    return [f"| {what}, against {names} | {milliseconds(ours)} | {theirs} | {ratios} | `{file}` |"]
 
 
 def stream_rows(stream: dict[str, Any]) -> list[str]:
@@ -129,14 +130,13 @@ def relay_rows(relay: dict[str, Any]) -> list[str]:
 def decode_rows(decode: dict[str, Any]) -> list[str]:
     lines = []
     for row in decode["rows"]:
-        base, *others = row["contenders"].items()
-        for name, cell in others:
-            if "failed" not in cell:
-                lines.append(
-                    f"| a generated token, batch {row['batch']}, context {row['context']:,}, {name} against {base[0]} "
-                    f"| {milliseconds(cell)} | {milliseconds(base[1])} | {cell['speedup']:.2f} "
-                    "| `decode.json` |"
-                )
+        (base_name, base), *others = row["contenders"].items()
+        others = [(name, cell) for name, cell in others if "failed" not in cell]
+        names = "; ".join(name for name, _ in others)
+        ours = "; ".join(milliseconds(cell) for _, cell in others)
+        ratios = "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
+        what = f"a generated token, batch {row['batch']}, context {row['context']:,}: {names}, against {base_name}"
+        lines.append(f"| {what} | {ours} | {milliseconds(base)} | {ratios} | `decode.json` |")
     return lines
 
 
@@ -239,9 +239,9 @@ def variants(name: str) -> str:
     return "\n".join([*lines, "", f"`{result['command']}`; {where(result)}."])
 
 
-def forms() -> str:
-    """Predicted loss and KL of quality/layers.json."""
-    result = load("quality/layers.json")
+def forms(name: str) -> str:
+    """Predicted loss and KL of a file's forms."""
+    result = load(name)
     lines = ["| form | K/Vs in the tail | predicted | KL | agreement | perplexity ratio |", "|---|---|---|---|---|---|"]
     for row in sorted(result["rows"], key=lambda row: row["predicted"]):
         lines.append(
@@ -257,7 +257,8 @@ STUDY: dict[str, Callable[[], str]] = {
     "variants": partial(variants, "quality/start.json"),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
-    "forms": forms,
+    "forms": partial(forms, "quality/layers.json"),
+    "calibration": partial(forms, "quality/calibration.json"),
 }
 FILES = {README: TABLES, FOLDER / "quality/README.md": STUDY}
 

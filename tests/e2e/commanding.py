@@ -63,7 +63,7 @@ def start(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen
     )
 
 
-def run_process(*arguments: str | Path, cwd: Path, timeout: float = 120, **options: Any) -> Result:
+def run_process(*arguments: str | Path, cwd: Path, timeout: float = 240, **options: Any) -> Result:
     process = start(*arguments, cwd=cwd, **options)
     try:
         out, err = process.communicate(timeout=timeout)

@@ -66,7 +66,7 @@ def test_what_a_launcher_starts_trains_as_one_process_does(workplace, port, monk
                         start_new_session=True,
                     )
                 )
-        statuses = [process.wait(timeout=120) for process in launched]
+        statuses = [process.wait(timeout=240) for process in launched]
     finally:
         for process in launched:  # and what they have started
             with contextlib.suppress(ProcessLookupError):

@@ -151,7 +151,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(workplace,
     try:
         wait_for(lambda: process.poll() is not None or len(rows_of(run)) > 3)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == status, err

@@ -191,7 +191,7 @@ def test_a_signal_while_the_libraries_load_ends_a_run_at_once(workplace, recipe)
         while "libtorch_cpu" not in open(f"/proc/{process.pid}/maps").read():  # noqa: SIM115
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, err
