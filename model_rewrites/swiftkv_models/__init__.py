@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from swiftkv_models.attention import GROUPED, PACKED_CAUSAL, SDPA
 from swiftkv_models.cpu import optimize_for_cpu
 from swiftkv_models.llama import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, LlamaSwiftKVModel
-from swiftkv_models.packed import PackedLinear, pack_linears
+from swiftkv_models.packed import PackedLinear, num_parameters, pack_linears
 from swiftkv_models.rewrite import FAMILIES, RewriteError, rewrite
 from swiftkv_models.rope import use_exact_positions
 from swiftkv_models.segment_cache import SinkWindowCache
@@ -30,6 +30,7 @@ __all__ = [
     "RewriteError",
     "SharedPrefix",
     "SinkWindowCache",
+    "num_parameters",
     "optimize_for_cpu",
     "pack_linears",
     "rewrite",

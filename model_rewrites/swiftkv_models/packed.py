@@ -59,5 +59,12 @@ def pack_linears(model: nn.Module) -> nn.Module:
     return model
 
 
+def num_parameters(model: Any) -> int:
+    """`model.num_parameters()` as it was before layers were packed, whose weights are no parameters any more."""
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    packed = (module for module in model.modules() if isinstance(module, PackedLinear) and module is not tied)
+    return model.num_parameters() + sum(module.in_features * module.out_features for module in packed)
+
+
 def _packable(weight: torch.Tensor) -> bool:
     return packed_linear_backend(weight.device, weight.dtype) == "onednn"

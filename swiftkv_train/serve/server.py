@@ -41,6 +41,7 @@ def run_server(
     try:
         import torch
 
+        from swiftkv_models import num_parameters
         from swiftkv_train.serve.engine import GenerateEngine, load_model_and_tokenizer
 
         if threads is not None:
@@ -50,7 +51,7 @@ def run_server(
         began = time.perf_counter()
         model, tokenizer = load_model_and_tokenizer(model_dir, dtype)
         print(
-            f"loaded {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype} "
+            f"loaded {type(model).__name__}, {num_parameters(model) / 1e6:.1f} M parameters, {model.dtype} "
             f"on {model.device} in {time.perf_counter() - began:.1f} s",
             flush=True,
         )

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swiftkv_kernels.packed_linear import PackedWeight, packed_linear_backend
-from swiftkv_models import PackedLinear, SinkWindowCache, pack_linears, rewrite
+from swiftkv_models import PackedLinear, SinkWindowCache, num_parameters, pack_linears, rewrite
 from tiny import random_ids, randomise_tail, tiny_llama
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -52,6 +52,15 @@ def test_every_linear_layer_is_packed_and_held_once(pair):
     names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     assert names == [name for name, module in packed.named_modules() if isinstance(module, PackedLinear)]
     assert not any(name.endswith("proj.weight") for name, _ in packed.named_parameters())
+
+
+@needs_packing
+@pytest.mark.parametrize("family", ["smollm2", "bias"])  # head tied to the embeddings, and not
+def test_parameters_are_counted_as_before(family):
+    model = tiny_llama(family, dtype=torch.float32)
+    before = model.num_parameters()
+    assert num_parameters(model) == before
+    assert num_parameters(pack_linears(model)) == before
 
 
 @needs_packing
