@@ -255,6 +255,7 @@ def forms(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets, "inference": inference}
 STUDY: dict[str, Callable[[], str]] = {
     "variants": partial(variants, "quality/start.json"),
+    "million": partial(variants, "quality/million.json"),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
     "forms": partial(forms, "quality/layers.json"),

@@ -297,7 +297,7 @@ def _flash(
 def _products(
     rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`_product` in tiles of the batch, of K/V heads and of keys, whose scores stay in the cores' own caches."""
+    """`_product` in tiles of rows, K/V heads and keys, so that scores and unpacked keys stay in the cache."""
     batch, groups, ratio, length, size = rows.shape
     slots, numbers = keys.key.shape[2], max(ratio * length, size)  # of a slot: scores, or its unpacked key
     few_slots = min(slots, max(1, WORK // numbers))
