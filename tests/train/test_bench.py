@@ -185,12 +185,13 @@ def test_the_tables_show_cells_that_lose_and_cells_that_could_not_be_measured(mo
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks/tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
+    environment = json.loads((ROOT / "benchmarks/step.json").read_text())["environment"]
     for name in ("init.json", "step.json", "prefill.json"):
-        (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())
+        result = json.loads((ROOT / "benchmarks" / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**result, "environment": environment}))
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     before = tables.targets()
 
-    environment = json.loads((tmp_path / "step.json").read_text())["environment"]
     elsewhere = {**{key: value for key, value in environment.items() if key != "dtype"}, "device": "another"}
     ours = {"seconds": 2.0, "peak_bytes": 2**20}
     faster = {"seconds": 1.0, "peak_bytes": 2**22, "seconds_ratio": 2.0, "peak_ratio": 0.25}
@@ -225,5 +226,5 @@ def test_the_tables_show_cells_that_lose_and_cells_that_could_not_be_measured(mo
         "Not measured: liger fused: RuntimeError: no driver.",
         added[-1],
     ]
-    assert "`step.json`, `prefill.json`, `loss.json`: " in added[-1]
+    assert "`init.json`, `step.json`, `prefill.json`, `loss.json`: " in added[-1]
     assert "`startup.json`, `plan.json`: another, 2 threads, torch" in added[-1]
