@@ -96,14 +96,17 @@ def milliseconds(cell: dict[str, Any]) -> str:
 
 def against(row: dict[str, Any], what: str, file: str) -> list[str]:
     """Ours against the contenders of a row that were measured."""
-    (_, ours), *others = row["contenders"].items()
+    ours, names, theirs, ratios = compared(row)
+    return [f"| {what}, against {names} | {ours} | {theirs} | {ratios} | `{file}` |"] if names else []
+
+
+def compared(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """The time of the first contender; names, times and speed-ups of those of the others that were measured."""
+    (_, first), *others = row["contenders"].items()
     others = [(name, cell) for name, cell in others if "failed" not in cell]
-    if not others:
-        return []
     names = "; ".join(name for name, _ in others)
-    theirs = "; ".join(milliseconds(cell) for _, cell in others)
-    ratios = "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
-    return [f"| {what}, against {names} | {milliseconds(ours)} | {theirs} | {ratios} | `{file}` |"]
+    times = "; ".join(milliseconds(cell) for _, cell in others)
+    return milliseconds(first), names, times, "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
 
 
 def stream_rows(stream: dict[str, Any]) -> list[str]:
@@ -130,13 +133,9 @@ def relay_rows(relay: dict[str, Any]) -> list[str]:
 def decode_rows(decode: dict[str, Any]) -> list[str]:
     lines = []
     for row in decode["rows"]:
-        (base_name, base), *others = row["contenders"].items()
-        others = [(name, cell) for name, cell in others if "failed" not in cell]
-        names = "; ".join(name for name, _ in others)
-        ours = "; ".join(milliseconds(cell) for _, cell in others)
-        ratios = "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
-        what = f"a generated token, batch {row['batch']}, context {row['context']:,}: {names}, against {base_name}"
-        lines.append(f"| {what} | {ours} | {milliseconds(base)} | {ratios} | `decode.json` |")
+        base, names, ours, ratios = compared(row)
+        what = f"a generated token, batch {row['batch']}, context {row['context']:,}: {names}, against base"
+        lines.append(f"| {what} | {ours} | {base} | {ratios} | `decode.json` |")
     return lines
 
 

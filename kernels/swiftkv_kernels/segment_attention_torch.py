@@ -96,7 +96,7 @@ def segment_attention_torch(
     if length == 1 or batch * heads * length * slots <= WORK:
         hidden = None if key_positions is None else _hidden(query_positions, key_positions, window, pinned)
         change = None if pinned_query is None or pinned == 0 else _change(rows, pinned_rows, own, pinned, scaling)
-        partials = [_at_once(rows, own, hidden, change, scaling)]
+        partials = [_attend(rows, own, hidden, change, scaling)]
     else:
         partials = [_row_by_row(rows, own.slots(pinned, slots), query_positions, window, scaling)]
         if pinned:
@@ -154,21 +154,6 @@ def _change(rows: Tensor, pinned_rows: Tensor, keys: _Keys, pinned: int, scaling
         met = met * keys.key_scale[:, :, :pinned, None]
     change = (pinned_rows.to(dtype) - rows.to(dtype)).flatten(2, 3) @ met.transpose(2, 3)
     return change.mul_(scaling).view(*rows.shape[:-1], pinned)
-
-
-def _at_once(
-    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """All rows of the batch; where K/V have to be unpacked, a few at a time."""
-    size = len(rows) if keys.key_scale is None else max(1, WORK // max(1, keys.key[0].numel()))
-    if size >= len(rows):
-        return _attend(rows, keys, hidden, change, scaling)
-    partials = []
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        part_hidden, part_change = (None if tensor is None else tensor[part] for tensor in (hidden, change))
-        partials.append(_attend(rows[part], keys.rows(part), part_hidden, part_change, scaling))
-    return _joined(partials, dim=0)
 
 
 def _row_by_row(

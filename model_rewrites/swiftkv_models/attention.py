@@ -60,11 +60,6 @@ def grouped_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def register() -> None:
-    """Make both known to transformers."""
-    for name, attention in ((PACKED_CAUSAL, packed_causal_attention), (GROUPED, grouped_attention)):
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, sdpa_mask)
-
-
-register()
+for _name, _attention in ((PACKED_CAUSAL, packed_causal_attention), (GROUPED, grouped_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)

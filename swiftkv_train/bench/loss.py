@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from swiftkv_kernels.distillation_kl import distillation_kl_reference
-from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.bench import whole_numbers
 from swiftkv_train.bench.contenders import CONTENDERS, OURS, STUDENTS, TEMPERATURE, Setting, gradient, liger_version
 from swiftkv_train.bench.memory import peak_in_own_process, peak_memory
@@ -39,7 +38,6 @@ def measure(vocabulary: str, hidden_size: str, rows: str, dtype: str, repeats: i
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is not known; use {', '.join(DTYPES)}")
     shapes = list(zip(sizes, widths * (len(sizes) // len(widths)), strict=True))
-    keep_freed_memory()  # as training does; without it every whole matrix of logits is paged in anew
     found: list[dict[str, Any]] = []
     accuracy: list[dict[str, Any]] = []
     with Reporter().bar("bench", len(shapes) * (len(STUDENTS) + len(counts)), "settings") as advance:

@@ -79,9 +79,8 @@ def test_products_where_the_cpu_multiplies_bf16(monkeypatch, feature, dtype):
     assert torch.backends.mkldnn.matmul.fp32_precision == settings
 
 
-@pytest.mark.parametrize(
-    "work", [1, 300, 2500, 9000]
-)  # a slot of a head of a row; of all slots; of all heads; more rows
+# Tiles of a slot of a head of a row; of all slots; of all heads; of more rows.
+@pytest.mark.parametrize("work", [1, 300, 2500, 9000])
 @pytest.mark.parametrize("options", [{}, {"pinned": 4}, {"pinned": 4, "prefixes": 0}], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_products_in_tiles(monkeypatch, work, options, dtype):
