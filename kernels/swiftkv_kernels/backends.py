@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 def device_backend(device: torch.device | str) -> str:
@@ -38,3 +44,28 @@ def resolve_backend(asked: str | None, tensor: Tensor) -> str:
             f"backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 for CPU ones; these are on {device}"
         )
     return asked
+
+
+def made_once(make: Callable[[], Made]) -> Callable[[], Made]:
+    """`make`, called once, whichever threads ask first: a second call would find what the first has changed."""
+    lock = threading.Lock()
+    made: list[Made] = []
+
+    @functools.wraps(make)
+    def get() -> Made:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get
+
+
+def import_triton() -> Any:
+    """triton, with triton.language, on first use of a kernel. Raises ImportError that says how to install it."""
+    try:
+        import triton
+        import triton.language
+    except ImportError as error:
+        raise ImportError("backend 'triton' needs triton: pip install 'swiftkv-train[triton]'") from error
+    return triton

@@ -14,6 +14,7 @@ backward pass computes a block's probabilities again, as there (arXiv 2205.14135
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,9 +38,13 @@ def causal_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if causal_attention_backend(query.device) == "cpu":
         return _BlockAttention.apply(query, key, value, allowed, scaling)
-    return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=True
-    )
+    if allowed is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    # With a mask and shared heads torch would hold all scores.
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed.tril(), scale=scaling)
 
 
 def causal_attention_backend(device: torch.device | str) -> str:
@@ -146,15 +151,34 @@ def _first_seen(allowed: Tensor) -> int:
 def half_precision_products(dtype: torch.dtype) -> Iterator[None]:
     """fp32 products of tensors that hold bf16 values may run on the bf16 units: nothing is rounded, sums stay fp32."""
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
-    before = getattr(settings, "fp32_precision", None)
-    if dtype != torch.bfloat16 or before is None:
+    if dtype != torch.bfloat16 or not hasattr(settings, "fp32_precision"):
         yield
         return
-    settings.fp32_precision = "bf16"
+    _HalfPrecision.enter(settings)
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        _HalfPrecision.leave(settings)
+
+
+class _HalfPrecision:
+    """The setting is the process's: the first thread in changes it, the last one out changes it back."""
+
+    lock, inside, before = threading.Lock(), 0, "none"
+
+    @classmethod
+    def enter(cls, settings: Any) -> None:
+        with cls.lock:
+            if cls.inside == 0:
+                cls.before, settings.fp32_precision = settings.fp32_precision, "bf16"
+            cls.inside += 1
+
+    @classmethod
+    def leave(cls, settings: Any) -> None:
+        with cls.lock:
+            cls.inside -= 1
+            if cls.inside == 0:
+                settings.fp32_precision = cls.before
 
 
 def _rows(heads: Tensor, groups: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swiftkv_kernels.backends import device_backend, resolve_backend
+from swiftkv_kernels.backends import device_backend, import_triton, made_once, resolve_backend
 
 tl: Any = None  # triton.language, set by _row_kernel(): a kernel looks its language up in its module
 
@@ -278,15 +278,11 @@ def _distillation_kl_rows(
         tl.store(norm + row, bound)
 
 
-@functools.cache
+@made_once
 def _row_kernel() -> Any:
     """The kernel above, made on first use: importing this module does not import triton."""
     global tl
-    try:
-        import triton
-        import triton.language
-    except ImportError as error:
-        raise ImportError("backend 'triton' needs triton: pip install 'swiftkv-train[triton]'") from error
+    triton = import_triton()
     tl = triton.language
     return triton.jit(_distillation_kl_rows)
 

@@ -69,7 +69,7 @@ def kv_projection(
 
     inputs = hidden, cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), slots
     most = max(1, _WORKSPACE_BYTES // ((len(weight) + hidden.shape[2]) * hidden.dtype.itemsize))
-    workspace = hidden.new_empty(min(most, batch * length), len(weight))
+    workspace = None if isinstance(weight, PackedWeight) else hidden.new_empty(min(most, batch * length), len(weight))
     for part in _parts(batch, length, most):
         tokens, token_cos, token_sin, token_slots = (tensor[part] for tensor in inputs)
         keys = key_cache[:, part[0]], None if key_scale is None else key_scale[:, part[0]]
@@ -163,11 +163,12 @@ def _kept_twice(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(batch, device=slots.device).unsqueeze(1), times, kept.any(1, keepdim=True)
 
 
-def _product(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, workspace: Tensor) -> Tensor:
-    """[tokens, L 2 G C], into the workspace: with `out`, autocast leaves the dtype alone."""
+def _product(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, workspace: Tensor | None) -> Tensor:
+    """[tokens, L 2 G C], into the workspace: with `out`, autocast leaves the dtype alone. None: a packed weight."""
     tokens = hidden.reshape(-1, hidden.shape[2])
     if isinstance(weight, PackedWeight):
         return packed_linear(tokens, weight, bias)
+    assert workspace is not None
     product = workspace[: len(tokens)]
     if bias is None:
         return torch.mm(tokens, weight.t(), out=product)

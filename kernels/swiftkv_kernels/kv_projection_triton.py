@@ -10,12 +10,12 @@ interpreter loses subnormals.
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from swiftkv_kernels.backends import import_triton, made_once
 from swiftkv_kernels.kv_quantize import SMALLEST_SCALE
 
 tl: Any = None  # triton.language, set by _kernel(): a kernel looks up in its module what it calls
@@ -191,13 +191,9 @@ def _one_byte(steps, IS_INT8: tl.constexpr):
         return (tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)  # 2^-6
 
 
-@functools.cache
+@made_once
 def _kernel() -> Any:
     """The kernel above, made on first use: importing this module does not import triton."""
-    try:
-        import triton
-        import triton.language
-    except ImportError as error:
-        raise ImportError("backend 'triton' needs triton: pip install 'swiftkv-train[triton]'") from error
+    triton = import_triton()
     globals().update(tl=triton.language, _store_heads=triton.jit(_store_heads), _one_byte=triton.jit(_one_byte))
     return triton.jit(_rotate_and_store)

@@ -174,24 +174,33 @@ def _in_blocks(
 ) -> tuple[Tensor, Tensor]:
     """One row's queries over keys at the positions `held`, which ascend."""
     _, groups, ratio, length, _ = rows.shape
-    size = max(16, min(BLOCK, WORK // max(1, groups * ratio * len(held))))
     positions = query_positions[0].tolist()
+    size = BLOCK
+    if not _seen(held, positions, window)[1]:  # masks will be needed
+        size = max(16, min(BLOCK, WORK // max(1, groups * ratio * len(held))))
     partials = []
     for start in range(0, length, size):
-        first, last = min(positions[start : start + size]), max(positions[start : start + size])
-        # Keys that some query sees, and those that all see.
-        some, every = (-1 if window is None else max(-1, position - window) for position in (first, last))
-        some, every, every_end, some_end = (bisect_right(held, bound) for bound in (some, every, first, last))
-        seen = keys.slots(some, max(some, some_end))
+        slots, all_by_all = _seen(held, positions[start : start + size], window)
+        seen = keys.slots(slots.start, slots.stop)
         part = slice(start, start + size)
         hidden = None
-        if (some, some_end) != (every, every_end):
+        if not all_by_all:
             at = seen.positions
             if at is None:  # positions are indices
-                at = torch.arange(some, max(some, some_end), dtype=torch.int32, device=rows.device)[None]
+                at = torch.arange(slots.start, slots.stop, dtype=torch.int32, device=rows.device)[None]
             hidden = _hidden(query_positions[:, part], at, window)
         partials.append(_attend(rows[..., part, :], seen, hidden, None, scaling))
     return _joined(partials, dim=3)
+
+
+def _seen(held: Sequence[int], positions: list[int], window: int | None) -> tuple[slice, bool]:
+    """Of keys at positions `held`, those that queries at `positions` see; whether every query sees all of those."""
+    first, last = min(positions), max(positions)
+    start, every_start = (
+        bisect_right(held, -1 if window is None else max(-1, position - window)) for position in (first, last)
+    )
+    every_end, end = (bisect_right(held, position) for position in (first, last))
+    return slice(start, max(start, end)), (start, end) == (every_start, every_end)
 
 
 def _prefix(

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftkv_kernels.backends import import_triton, made_once
+
 tl: Any = None  # triton.language, set by _kernels(): a kernel looks up in its module what it calls
 
 _SPLIT = 256  # keys that are worth a program of their own
@@ -84,8 +86,7 @@ def segment_attention_triton(
                 *(pinned_query, *pinned_query.stride()[:3]),
                 *_stored(prefix_key, prefix_value, *scales),
                 *(lengths.contiguous(), group_of_row, query_positions),
-                *(partials, log_sum_exps, scaling, batch, length, len(prefix_key), prefix_key.shape[2]),
-                OWN_PARTS=own_parts,
+                *(partials, log_sum_exps, scaling, batch, length, len(prefix_key), prefix_key.shape[2], own_parts),
                 BLOCK_GROUPS=_power_of_two(len(prefix_key)),
                 BLOCK_B=_power_of_two(batch, most=64),
                 BLOCK_M=prefix_block,
@@ -94,10 +95,8 @@ def segment_attention_triton(
         if parts > 1:
             merge[(batch * heads * length,)](
                 *(partials, log_sum_exps, log_sum_exps if prefix is None else group_of_row, output),
-                *(heads * length, 0 if prefix is None else len(prefix[0])),
-                OWN_PARTS=own_parts,
-                PARTS=parts,
-                BLOCK_PARTS=_power_of_two(parts, least=2),
+                *(heads * length, 0 if prefix is None else len(prefix[0]), own_parts, parts),
+                BLOCK_PARTS=_power_of_two(parts),
                 C=size,
                 BLOCK_C=sizes["BLOCK_C"],
             )
@@ -201,7 +200,7 @@ def _prefixes(
     length,
     count,
     capacity,
-    OWN_PARTS: tl.constexpr,
+    own_parts,
     R: tl.constexpr,
     C: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -260,7 +259,7 @@ def _prefixes(
     q = _queries(query, where, inside, C, BLOCK_C, UPCAST)
     state = _nothing_seen(BLOCK_M, BLOCK_C)
     state = _attend(state, q, asked, keys, first, end, 0, scaling, False, False, C, BLOCK_N, BLOCK_C)
-    part = OWN_PARTS + tl.program_id(2).to(tl.int64)
+    part = own_parts + tl.program_id(2).to(tl.int64)
     place = ((part * batch + row) * (tl.num_programs(1) * R) + head) * length + time
     _store_partial(partials, log_sum_exps, state, place, inside, C, BLOCK_C)
 
@@ -272,18 +271,18 @@ def _merge(
     output,
     queries_of_row,
     count,
-    OWN_PARTS: tl.constexpr,
-    PARTS: tl.constexpr,
+    own_parts,
+    all_parts,
     BLOCK_PARTS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     query = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
-    parts = OWN_PARTS
-    if PARTS > OWN_PARTS:
+    parts = own_parts
+    if all_parts > own_parts:
         group = tl.load(group_of_row + query // queries_of_row)
-        parts = tl.where((group >= 0) & (group < count), PARTS, OWN_PARTS)
+        parts = tl.where((group >= 0) & (group < count), all_parts, own_parts)
     written = part < parts
     place = part.to(tl.int64) * tl.num_programs(0) + query
     log_sum_exp = tl.load(log_sum_exps + place, mask=written, other=float("-inf"))
@@ -389,17 +388,15 @@ def _store_partial(partials, log_sum_exps, state, place, inside, C: tl.constexpr
     tl.store(log_sum_exps + place, tl.where(some, largest + tl.log(total), float("-inf")), mask=inside)
 
 
-@functools.cache
+@made_once
 def _kernels() -> tuple[Any, Any, Any]:
     """The kernels above, made on first use: importing this module does not import triton."""
-    try:
-        import triton
-        import triton.language
-    except ImportError as error:
-        raise ImportError("backend 'triton' needs triton: pip install 'swiftkv-train[triton]'") from error
+    triton = import_triton()
     called = (_nothing_seen, _attend, _queries, _unpacked, _store_partial)
     globals().update({function.__name__: triton.jit(function) for function in called}, tl=triton.language)
-    return triton.jit(_own_slots), triton.jit(_prefixes), triton.jit(_merge)
+    # Their number grows while a window fills: specialised to 1 or to multiples of 16, kernels would be made anew.
+    changing = {"do_not_specialize": ["own_parts", "all_parts"]}
+    return triton.jit(_own_slots), triton.jit(_prefixes, **changing), triton.jit(_merge, **changing)
 
 
 def _strided_alike(query: Tensor, pinned_query: Tensor) -> tuple[Tensor, Tensor]:

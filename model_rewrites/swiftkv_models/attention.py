@@ -36,6 +36,7 @@ def packed_causal_attention(
     """transformers' calling convention; output [B, T, H, C]. All positions at once: no cache, no dropout."""
     if dropout or query.shape[2] != key.shape[2]:
         raise ValueError(f"attention implementation {PACKED_CAUSAL!r} takes whole sequences, without cache or dropout")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in another
     output = causal_attention(query, key, value, allowed=attention_mask, scaling=scaling)
     return output.transpose(1, 2).contiguous(), None
 
@@ -55,7 +56,8 @@ def grouped_attention(
     if query.device.type == "cpu" and not dropout:
         if length == 1:
             return attend_all(query, key, value, scaling, attention_mask).transpose(1, 2), None
-        if length == key.shape[2] >= LONG_PROMPT:
+        made_here = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+        if length == key.shape[2] >= LONG_PROMPT and made_here:  # and not some other mask of the caller's
             return packed_causal_attention(module, query, key, value, attention_mask, scaling=scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

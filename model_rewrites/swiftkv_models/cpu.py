@@ -6,6 +6,7 @@ from typing import Any
 
 from swiftkv_models.attention import GROUPED
 from swiftkv_models.packed import pack_linears
+from swiftkv_models.segment_layer import knows_segments, plain_implementation, use_segment_attention
 
 
 def optimize_for_cpu(model: Any) -> Any:
@@ -15,6 +16,9 @@ def optimize_for_cpu(model: Any) -> Any:
     """
     if model.device.type == "cpu":
         pack_linears(model)
-        if model.config._attn_implementation == "sdpa":
+        streams = knows_segments(model.config)
+        if plain_implementation(model.config) == "sdpa":
             model.set_attn_implementation(GROUPED)
+            if streams:  # a cache has been made
+                use_segment_attention(model.config)
     return model

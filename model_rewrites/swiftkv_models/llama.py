@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from swiftkv_models.attention import SDPA
 from swiftkv_models.cpu import optimize_for_cpu
-from swiftkv_models.rope import exact_position_embeddings, rotate
+from swiftkv_models.rope import exact_position_embeddings, keep_frequencies, rotate
 from swiftkv_models.segment_cache import SinkWindowCache
 from swiftkv_models.segment_layer import KeyValues, plain_implementation
 from swiftkv_models.shared_prefix import SharedPrefix
@@ -227,6 +227,11 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         self._tail_projection: TailProjection | None = None
         self.post_init()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LlamaSwiftKVModel":
+        super()._apply(fn, recurse)
+        keep_frequencies(self.rotary_emb)
+        return self
+
     def run_trunk(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -260,7 +265,7 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
                 tail_mask = create_causal_mask(**mask_arguments, allow_is_causal_skip=False)
             if isinstance(tail_mask, torch.Tensor) and tail_mask.ndim == 4:
                 tail_mask = tail_mask[:, :, first_kept:]
-        streams = isinstance(past_key_values, SinkWindowCache)
+        streams = getattr(past_key_values, "streams", False)
         rotary_emb = partial(exact_position_embeddings, self.rotary_emb) if streams else self.rotary_emb
         position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_key_value_layers]:
@@ -315,6 +320,8 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         if self._tail_projection is None or not self._tail_projection.serves(leaders):
             self._tail_projection = TailProjection.stack(leaders)
         if self._tail_projection is None or cache.storage is None or torch.is_grad_enabled():
+            return
+        if torch.is_autocast_enabled(states.device.type):  # the cache is then of another dtype than the weights
             return
         self._tail_projection.write(cache, leaders[0].cache_idx, states, position_embeddings)
         for leader in leaders:

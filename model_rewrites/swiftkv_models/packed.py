@@ -28,11 +28,27 @@ class PackedLinear(nn.Module):
         return self.packed.dense()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.to(self.packed.dtype)
         return packed_linear(hidden_states, self.packed, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        key = f"{prefix}weight"
+        rest = {name: tensor for name, tensor in state_dict.items() if name != key}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        weight, shape = state_dict.get(key), (self.out_features, self.in_features)
+        if weight is None:
+            missing.extend([key] if strict else [])
+        elif weight.shape != shape:
+            errors.append(f"size mismatch for {key}: {tuple(weight.shape)} in the checkpoint, {shape} in the model.")
+        else:
+            self.packed = PackedWeight(weight.to(self.packed.device, self.packed.dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)

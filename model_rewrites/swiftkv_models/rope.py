@@ -40,12 +40,28 @@ def exact_position_embeddings(
     return (cos * embedding.attention_scaling).to(x.dtype), (sin * embedding.attention_scaling).to(x.dtype)
 
 
+def keep_frequencies(embedding: LlamaRotaryEmbedding) -> None:
+    """Make its frequencies fp32 again, which `model.to(torch.bfloat16)` and the like round: by 0.1 rad at a thousand
+    tokens, and not as those of a cache."""
+    rounded = embedding.inv_freq
+    if rounded.dtype.itemsize < 4:
+        embedding.register_buffer(
+            "inv_freq", LlamaRotaryEmbedding(embedding.config).inv_freq.to(rounded.device), persistent=False
+        )
+
+
 class ExactRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary embedding with its angles in fp64, and the frequencies of another one."""
+    """Llama's rotary embedding with its angles in fp64, in the place of another one."""
 
     def __init__(self, present: LlamaRotaryEmbedding):
         super().__init__(present.config)
         self.inv_freq, self.attention_scaling = present.inv_freq, present.attention_scaling
+        keep_frequencies(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExactRotaryEmbedding:
+        super()._apply(fn, recurse)
+        keep_frequencies(self)
+        return self
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return exact_position_embeddings(self, x, position_ids)

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from swiftkv_models.rope import inverse_frequencies, rotate, rotation
-from swiftkv_models.segment_layer import Held, KeyValues, SegmentLayer, use_segment_attention
+from swiftkv_models.segment_layer import Held, SegmentLayer, knows_segments, use_segment_attention
 from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, sharing_pays
 
 MOST_TURNED = 64  # sinks
@@ -68,9 +68,12 @@ class SinkWindowCache(Cache):
         quantization: 'int8' or 'fp8' (e4m3): K and V in 8 bits, with a scale per token and head.
 
     Raises:
-        ValueError: sizes out of range, frequencies that depend on the length (dynamic NTK), an unknown quantization,
-            a prefix shorter than the sinks, of another model, or without `input_ids`.
+        ValueError: sizes out of range, a model with a sliding window of its own, frequencies that depend on the length
+            (dynamic NTK), an unknown quantization, a prefix shorter than the sinks, of another model, or without
+            `input_ids`.
     """
+
+    streams = True  # by which models know it, if it comes from another copy of this code
 
     def __init__(
         self,
@@ -89,6 +92,10 @@ class SinkWindowCache(Cache):
             )
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
+        if getattr(config, "sliding_window", None) is not None or "sliding_attention" in (
+            getattr(config, "layer_types", None) or ()
+        ):
+            raise ValueError(f"{type(self).__name__} would take the place of the model's own sliding window")
         self.window, self.attention_sinks = window, attention_sinks
         self.quantized_dtype = None if quantization is None else QUANTIZATIONS[quantization]
         self.inverse_frequencies = inverse_frequencies(config, type(self).__name__)
@@ -96,6 +103,8 @@ class SinkWindowCache(Cache):
         self.segments = [SegmentLayer(self, index) for index in range(count)]
         super().__init__(layers=list(self.segments))
 
+        self.config = config
+        self.unfinished = False  # while a step's tokens are not in the slots of all layers yet
         self.columns = self.first_column = 0  # of input_ids that are done: what `generate` calls the length
         self.step: Step | None = None
         # Made by the first tokens:
@@ -119,6 +128,10 @@ class SinkWindowCache(Cache):
     def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         if input_ids is None:
             raise ValueError("prefixes go with input_ids: which rows begin with one is decided by their token ids")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+            raise ValueError("input_ids must be a tensor [B, T]")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids")
         for prefix in self.prefixes:
             if len(prefix.keys) != len(self.segments):
                 raise ValueError(
@@ -130,7 +143,10 @@ class SinkWindowCache(Cache):
             raise ValueError(f"a prefix of {shortest} tokens cannot stand for {self.attention_sinks} attention_sinks")
         groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
         self.columns = self.first_column
-        if (groups < 0).all():
+        used, groups = groups.unique(return_inverse=True)  # others need not be held
+        groups = (groups - int((used < 0).any())).int()
+        self.prefixes = [self.prefixes[index] for index in used.tolist() if index >= 0]
+        if not self.prefixes:
             return
         prefix = self.prefixes[int(groups[0])]
         if (groups == groups[0]).all() and not self._sharing_pays(prefix, len(groups)):
@@ -139,7 +155,8 @@ class SinkWindowCache(Cache):
         self.prefix_groups = groups
         self.prefix_lengths = torch.tensor([len(prefix) for prefix in self.prefixes], dtype=torch.int32)
         if (groups >= 0).all():
-            self.attention_sinks, self.least_pinned = 0, shortest  # no row needs slots for its own
+            self.attention_sinks = 0  # no row needs slots for its own
+            self.least_pinned = min(len(prefix) for prefix in self.prefixes)
 
     def _sharing_pays(self, prefix: SharedPrefix, rows: int) -> bool:
         keys = prefix.keys[0]
@@ -162,12 +179,14 @@ class SinkWindowCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, shared prefixes (`SharedPrefix.nbytes`) not among them."""
-        tensors = [tensor for layer in self.segments for tensor in layer.tensors()]
+        """Bytes allocated: slots, and what is made of shared prefixes (`SharedPrefix.nbytes`) that are several or have
+        to be quantised; a single one is read where it is."""
+        tensors = [tensor for layer in self.segments for tensor in (*layer.tensors(), *layer.own_prefix())]
         if self.positions is not None:
             tensors.append(self.positions)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @torch.inference_mode(False)  # else what goes on outside of it could not write
     def allocate(self, leading: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device) -> Held:
         """Slots of K and V [*leading, N + 1, size], and their scales."""
         shape = (*leading, self.num_slots + 1)
@@ -188,13 +207,25 @@ class SinkWindowCache(Cache):
             layer.take(keys, values, key_scale, value_scale)
 
     def start(self, batch: int, device: torch.device) -> None:
-        """A forward of `batch` rows begins. Raises ValueError where the cache holds another number of them."""
+        """A forward of `batch` rows begins.
+
+        Raises ValueError where the cache holds another number of them, where one before it was broken off, and where
+        the model has been given another attention implementation.
+        """
+        if self.unfinished:
+            raise ValueError("a forward was broken off before it had filled this cache: reset() it, or make a new one")
+        if not knows_segments(self.config):
+            raise ValueError(
+                f"the model's attention implementation has been set to {self.config._attn_implementation!r} since this "
+                "cache was made: make a new one"
+            )
         self.step = None
         if self.lengths is None:
             self._begin(batch, device)
         elif len(self.lengths) != batch:
             raise ValueError(f"the cache holds {len(self.lengths)} rows, not {batch}; make a new one")
 
+    @torch.inference_mode(False)
     def _begin(self, batch: int, device: torch.device) -> None:
         self.inverse_frequencies = self.inverse_frequencies.to(device)
         self.row_indices = torch.arange(batch, device=device)
@@ -236,6 +267,7 @@ class SinkWindowCache(Cache):
             return self.step
         first = self.columns == self.first_column
         positions = self._kept_positions(position_ids, tokens, attention_mask)
+        self.unfinished = True
         last = positions.amax(1)
         slots = self._slots(positions, last)
         self.columns += tokens
@@ -270,19 +302,27 @@ class SinkWindowCache(Cache):
     def _kept_positions(
         self, position_ids: torch.Tensor | None, tokens: int, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, T] int64, -1: padding, or in the shared prefix already. Raises ValueError unless they go on."""
+        """[B, T] int64, -1: padding, or in the shared prefix already. Raises ValueError unless they go on.
+
+        Of a single token that is looked at on CPU only: elsewhere it would wait for the device.
+        """
         device, rows = self.lengths.device, len(self.lengths)
         if position_ids is None:
             return self.lengths[:, None] + torch.arange(tokens, device=device)
-        positions = position_ids.to(device, torch.int64).expand(rows, -1)
-        if tokens == 1:  # of every decoding step: nothing is looked at, which would wait for the device
-            return positions
-        kept = positions >= self.lengths[:, None]
+        positions, lengths = position_ids.to(device, torch.int64).expand(rows, -1), self.lengths[:, None]
+        kept = torch.ones_like(positions, dtype=torch.bool)
         if attention_mask is not None:
             if attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
                 raise ValueError(f"attention_mask must be [B, {tokens} or more], not {tuple(attention_mask.shape)}")
-            kept = kept & attention_mask[:, -tokens:].to(device).bool()
-        goes_on = (positions == self.lengths[:, None] + kept.cumsum(1) - 1) | ~kept
+            kept = attention_mask[:, -tokens:].to(device).bool()
+        if self.prefixes:  # of whose tokens, rows that have none of their own yet may bring some
+            begins = lengths == self.pinned[:, None]
+            if self.prefix_groups is not None:
+                begins = begins & (self.prefix_groups >= 0)[:, None]
+            kept = kept & ~(begins & (positions < lengths))
+        if tokens == 1 and device.type != "cpu":
+            return torch.where(kept, positions, -1)
+        goes_on = (positions == lengths + kept.cumsum(1) - 1) | ~kept
         if not bool(goes_on.all()):
             row = int((~goes_on.all(1)).nonzero()[0])
             raise ValueError(
@@ -347,15 +387,14 @@ class SinkWindowCache(Cache):
         """In place of the keys and values that attention reads: what `segments_...` attention takes for them."""
         if layer_idx == 0:
             self.start(key_states.shape[0], key_states.device)
-        key_values = KeyValues(self.segments[layer_idx], key_states, value_states)
-        return key_values, key_values
+        return (self.segments[layer_idx].key_values(key_states, value_states),) * 2
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
     def reset(self) -> None:
         """Forget everything but the shared prefixes. What was allocated stays."""
-        self.columns, self.step = self.first_column, None
+        self.columns, self.step, self.unfinished = self.first_column, None, False
         self._turn_sinks_back()
         if self.lengths is not None:
             self._forget()
@@ -370,3 +409,9 @@ class SinkWindowCache(Cache):
     def crop(self, *_: Any, **__: Any) -> None:
         """Raises ValueError: what a token pushed out of the window does not come back."""
         raise ValueError("a SinkWindowCache cannot take tokens back; use another cache for assisted generation")
+
+    def batch_repeat_interleave(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError, as does `batch_select_indices`: a stream's rows are those it began with."""
+        raise ValueError("the rows of a SinkWindowCache do not change; make one for as many rows as there will be")
+
+    batch_select_indices = batch_repeat_interleave

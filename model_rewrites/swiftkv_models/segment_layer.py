@@ -49,8 +49,21 @@ class KeyValues:
     beside: Held | None = None  # of a chunk: the slots as they were before, and the chunk behind them
 
     @property
-    def tokens(self) -> int | None:
-        return None if self.keys is None else self.keys.shape[2]
+    def tokens(self) -> int:
+        return 1 if self.keys is None else self.keys.shape[2]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Output [B, H, K, C] for the query [B, H, K, C] of a step's last K tokens."""
+        if self.values is not None:
+            query = query.to(self.values.dtype)  # under autocast RoPE leaves it in another
+        step = self.layer.cache.plan(position_ids, self.tokens, attention_mask, query.dtype)
+        return self.layer.attend(query, self, step, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 class SegmentLayer(CacheLayerMixin):
@@ -93,6 +106,12 @@ class SegmentLayer(CacheLayerMixin):
         self.prefix = self._prefix()
         self.is_initialized = True
         if (copied := self.cache.copied_prefix) is not None:
+            held = copied.keys[self.index]
+            if (held.shape[0], held.shape[2]) != (keys.shape[1], keys.shape[3]):
+                raise ValueError(
+                    f"a prefix has K/V of {held.shape[0]} heads of {held.shape[2]}, this model of {keys.shape[1]} of "
+                    f"{keys.shape[3]}; make it with this model"
+                )
             slots = torch.arange(len(copied), device=self.device).expand(len(keys), -1)
             copied_keys, copied_values = (
                 tensors[self.index].to(self.device).expand(len(keys), -1, -1, -1)
@@ -116,9 +135,17 @@ class SegmentLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for tensor in (self.keys, self.values, self.key_scale, self.value_scale) if tensor is not None]
 
+    def own_prefix(self) -> list[torch.Tensor]:
+        """What the cache holds of shared prefixes beside them: several in one tensor, quantised ones."""
+        if self.prefix is None or (len(self.cache.prefixes) == 1 and self.cache.quantized_dtype is None):
+            return []
+        parts = (self.prefix.key, self.prefix.value, self.prefix.key_scale, self.prefix.value_scale)
+        return [part for part in parts if part is not None]
+
     def attend(self, query: torch.Tensor, new: KeyValues, step: Step, scaling: float) -> torch.Tensor:
         """Output [B, H, K, C] of the step's last K queries; K and V of its tokens are written, if they are not yet."""
         if new.keys is None or new.values is None:
+            self._is_filled()
             return self._attend_slots(query, step, scaling)
         if not self.is_initialized or self.device != new.keys.device:
             self.lazy_initialization(new.keys, new.values)
@@ -134,11 +161,16 @@ class SegmentLayer(CacheLayerMixin):
             else:
                 self._write(new.keys, new.values, step.slots)
             new.written = True
+            self._is_filled()
         if queries == 1:
             return self._attend_slots(query, step, scaling)
         if new.beside is None:
             return causal_attention(query, self._as_kept(new.keys), self._as_kept(new.values), scaling=scaling)
         return self._attend(query, new.beside, step.chunk_key_positions, step, scaling)
+
+    def _is_filled(self) -> None:
+        if self.index == len(self.cache.segments) - 1:
+            self.cache.unfinished = False
 
     def _attend_slots(self, query: torch.Tensor, step: Step, scaling: float) -> torch.Tensor:
         used = self.cache.used_slots
@@ -203,7 +235,7 @@ class SegmentLayer(CacheLayerMixin):
 
     def _pack(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         dtype = self.cache.quantized_dtype
-        return (states, None) if dtype is None else kv_quantize(states, dtype)
+        return (states.to(self.keys.dtype), None) if dtype is None else kv_quantize(states, dtype)
 
     def _as_kept(self, states: torch.Tensor) -> torch.Tensor:
         """As later queries will see them."""
@@ -211,7 +243,10 @@ class SegmentLayer(CacheLayerMixin):
         return packed if scale is None else kv_dequantize(packed, scale, states.dtype)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (KeyValues(self, key_states, value_states),) * 2
+        return (self.key_values(key_states, value_states),) * 2
+
+    def key_values(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
+        return KeyValues(self, key_states.to(value_states.dtype), value_states)  # autocast leaves rotated K in another
 
     def get_seq_length(self) -> int:
         return self.cache.columns
@@ -236,11 +271,15 @@ class SegmentLayer(CacheLayerMixin):
 def use_segment_attention(config: PretrainedConfig) -> None:
     """Let the model of this config (its own, not a copy) know `KeyValues`; with other caches it attends as before."""
     inner = config._attn_implementation
-    if inner.startswith(PREFIX):
+    if knows_segments(config):
         return
     AttentionInterface.register(PREFIX + inner, partial(_attention, inner))
     AttentionMaskInterface.register(PREFIX + inner, partial(_mask, inner))
     config._attn_implementation = PREFIX + inner
+
+
+def knows_segments(config: PretrainedConfig) -> bool:
+    return config._attn_implementation.startswith(PREFIX)
 
 
 def plain_implementation(config: PretrainedConfig) -> str:
@@ -260,12 +299,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention; output [B, K, H, C]."""
-    if not isinstance(key, KeyValues):
+    if isinstance(key, torch.Tensor):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager_attention_forward)
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    step = key.layer.cache.plan(kwargs.get("position_ids"), key.tokens or 1, attention_mask, query.dtype)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = key.layer.attend(query, key, step, scaling)
+    # Perhaps of another copy of this code: every checkpoint brings one, and all register the same names.
+    output = key.attend(query, kwargs.get("position_ids"), attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -26,7 +26,8 @@ class TailProjection:
 
     def __init__(self, modules: Sequence[nn.Linear | PackedLinear]):
         self.modules = list(modules)
-        self.packed = isinstance(modules[0], PackedLinear)
+        # Of packed modules what they are packed as: it is replaced, not written to.
+        self.packed = [module.packed for module in modules if isinstance(module, PackedLinear)]
         stacked = self._stack("weight")
         self.weight = PackedWeight(stacked) if self.packed else stacked
         self.bias = self._stack("bias") if self.modules[0].bias is not None else None
@@ -34,7 +35,7 @@ class TailProjection:
     @classmethod
     def stack(cls, attentions: Sequence[Any]) -> TailProjection | None:
         """None where they are no plain linear layers of one device and dtype (adapters, models in parts)."""
-        modules = [module for layer in attentions for module in (layer.k_proj_swiftkv, layer.v_proj_swiftkv)]
+        modules = _projections(attentions)
         if {type(module) for module in modules} not in ({nn.Linear}, {PackedLinear}):
             return None
         kinds = {(module.weight.device, module.weight.dtype) for module in modules}
@@ -42,9 +43,11 @@ class TailProjection:
             return None
         return cls(modules)
 
+    @torch.inference_mode(False)  # else the parameters would become tensors that cannot be trained
+    @torch.no_grad()
     def _stack(self, name: str) -> torch.Tensor:
         tensors = [getattr(module, name) for module in self.modules]
-        stacked = torch.cat([tensor.detach() for tensor in tensors])
+        stacked = torch.cat(tensors)
         if self.packed:
             return stacked
         for tensor, view in zip(tensors, stacked.split([len(tensor) for tensor in tensors]), strict=True):
@@ -53,13 +56,14 @@ class TailProjection:
 
     def serves(self, attentions: Sequence[Any]) -> bool:
         """Whether it is theirs and their weights still are its views: `to` and some ways of loading replace them."""
-        if self.modules[0] is not attentions[0].k_proj_swiftkv or self.modules[-1] is not attentions[-1].v_proj_swiftkv:
+        modules = _projections(attentions)
+        if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
             return False
         if isinstance(self.weight, PackedWeight):
-            return True
-        first, last, stacked = self.modules[0].weight, self.modules[-1].weight, self.weight
-        end = stacked.data_ptr() + (stacked.numel() - last.numel()) * stacked.element_size()
-        return first.data_ptr() == stacked.data_ptr() and last.data_ptr() == end and first.dtype == stacked.dtype
+            return all(module.packed is packed for module, packed in zip(modules, self.packed, strict=True))
+        return _lie_in(self.weight, [module.weight for module in modules]) and (
+            self.bias is None or _lie_in(self.bias, [module.bias for module in modules])
+        )
 
     def write(
         self,
@@ -86,3 +90,17 @@ class TailProjection:
             key_scale=key_scale,
             value_scale=value_scale,
         )
+
+
+def _projections(attentions: Sequence[Any]) -> list[Any]:
+    return [module for attention in attentions for module in (attention.k_proj_swiftkv, attention.v_proj_swiftkv)]
+
+
+def _lie_in(stacked: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
+    """Whether the parts are all of `stacked`, one after the other."""
+    at = stacked.data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or part.dtype != stacked.dtype:
+            return False
+        at += part.numel() * part.element_size()
+    return True

@@ -1,11 +1,14 @@
 """The blocked CPU path against all scores at once in fp64."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional
 
 from swiftkv_kernels import causal_attention, causal_attention_backend, causal_attention_reference
-from swiftkv_kernels.causal_attention import BLOCK
+from swiftkv_kernels.causal_attention import BLOCK, half_precision_products
 
 # Relative to the largest value (or 1): fp64 and fp32 by their own sums; bf16 and fp16 round weights and outputs once.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -127,3 +130,27 @@ def test_shapes_that_do_not_fit():
 def test_backend():
     assert causal_attention_backend("cpu") == "cpu"
     assert causal_attention_backend("cuda:1") == "sdpa"
+
+
+def test_on_other_devices_a_mask_hides_no_less(monkeypatch):
+    """The path of GPUs, taken here: causal too where `allowed` would let the future be seen."""
+    module = importlib.import_module("swiftkv_kernels.causal_attention")  # the package has a function of that name
+    monkeypatch.setattr(module, "causal_attention_backend", lambda device: "sdpa")
+    query, key, value = inputs(2, 6, 2, 40, 16)
+    for allowed in (None, torch.ones(2, 1, 40, 40, dtype=torch.bool), document_mask([13, 27], 2)):
+        found = causal_attention(query, key, value, allowed=allowed)
+        close(found, causal_attention_reference(query, key, value, allowed=allowed), torch.float64)
+
+
+def test_threads_leave_the_precision_of_products_as_it_was():
+    """It is one setting of the process. They go in and come out in turns, the first before the second."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    first, second = half_precision_products(torch.bfloat16), half_precision_products(torch.bfloat16)
+    with contextlib.ExitStack() as outer:
+        outer.enter_context(first)
+        second.__enter__()
+        assert settings.fp32_precision == "bf16"
+    assert settings.fp32_precision == "bf16"  # the second is still at it
+    second.__exit__(None, None, None)
+    assert settings.fp32_precision == before

@@ -239,15 +239,15 @@ def test_kernels_compile_for_a_gpu(capability, stored):
     pointers |= {"query": "bf16", "pinned_query": "bf16", "partials": "fp32", "log_sum_exps": "fp32"}
     pointers |= dict.fromkeys(("positions", "query_positions", "lengths", "group_of_row"), "i32")
     tile = {"R": 3, "C": 64, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_C": 64, "UPCAST": False}
-    own, prefix = {"G": 3, "PINNED": 4, **tile}, {"OWN_PARTS": 2, "BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
+    own, prefix = {"G": 3, "PINNED": 4, **tile}, {"BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
     ones = dict.fromkeys(("batch", "length", "count", "scale_n", "positions_n", "queries_of_row"), 1)
     for kernel, constants in [
         (own_slots, own),
         (own_slots, {**own, **ones, "PINNED": 0}),
         (prefixes, prefix),
         (prefixes, {**prefix, **ones}),
-        (merge, {"OWN_PARTS": 2, "PARTS": 5, "BLOCK_PARTS": 8, "C": 80, "BLOCK_C": 128}),
-        (merge, {"OWN_PARTS": 2, "PARTS": 2, "BLOCK_PARTS": 2, "C": 64, "BLOCK_C": 64, **ones}),
+        (merge, {"BLOCK_PARTS": 64, "C": 80, "BLOCK_C": 128}),
+        (merge, {"BLOCK_PARTS": 16, "C": 64, "BLOCK_C": 64, **ones}),
     ]:
         names = kernel.arg_names
         constants = {name: value for name, value in constants.items() if name in names}
@@ -259,6 +259,16 @@ def test_kernels_compile_for_a_gpu(capability, stored):
         )
         compiled = triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32))
         assert "cubin" in compiled.asm
+
+
+def test_a_window_that_fills_does_not_recompile():
+    """The numbers of parts grow with it: they must be arguments like any, whatever their value."""
+    pytest.importorskip("triton")
+    _, prefixes, merge = triton_path._kernels()
+    for kernel in (prefixes, merge):
+        of_parts = [parameter for parameter in kernel.params if parameter.name.endswith("_parts")]
+        assert of_parts
+        assert all(parameter.do_not_specialize and not parameter.is_constexpr for parameter in of_parts)
 
 
 @pytest.mark.gpu

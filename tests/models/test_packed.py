@@ -119,3 +119,31 @@ def test_what_cannot_be_packed_stays_as_it_is():
     layers = torch.nn.Sequential(Adapted(2, 2), torch.nn.Linear(2, 2, device="meta"))
     pack_linears(layers)
     assert [type(layer) for layer in layers] == [Adapted, torch.nn.Linear]
+
+
+@needs_packing
+@torch.no_grad()
+def test_weights_are_loaded_as_into_any_model(pair):
+    model, packed = pair
+    ids = random_ids(2, 20)
+    packed(ids, past_key_values=SinkWindowCache(packed.config, window=8), logits_to_keep=1)  # stacks the tail's
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    packed.load_state_dict(model.state_dict())
+    torch.testing.assert_close(packed(ids).logits, model(ids).logits, **CLOSE)
+    streamed = [
+        one(ids, past_key_values=SinkWindowCache(one.config, window=8), logits_to_keep=1).logits for one in (model, packed)
+    ]
+    torch.testing.assert_close(*streamed, **CLOSE)
+
+
+@needs_packing
+def test_weights_that_do_not_fit_are_refused(pair):
+    model, packed = pair
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = model.state_dict()
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        packed.load_state_dict({**weights, name: weights[name][1:]})
+    del weights[name]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        packed.load_state_dict(weights)
