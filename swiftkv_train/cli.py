@@ -557,6 +557,14 @@ def main(*prefix: str) -> None:
     except (UserError, RunError) as error:
         _say(f"error: {error}")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+            raise
+        _say(
+            "error: the GPU's memory is full; a run takes less with a smaller training.micro_batch_size or with "
+            "training.gradient_checkpointing=true, and `swiftkv plan RECIPE --gpu-memory GIB` says what fits"
+        )
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         _say("interrupted")
         raise SystemExit(130) from None

@@ -27,13 +27,19 @@ from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_
 from swiftkv_train.divergence import Divergence, save_failed_batch
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.flops import device_peak, distillation_flops
-from swiftkv_train.loading import load_tokenizer, pad_token_id
+from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, summarise, token_measures
 from swiftkv_train.quantized_base import quantize_base
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
 from swiftkv_train.run_state import RunLock, recorded_state
-from swiftkv_train.sequence_parallel import part_of, sequence_group, use_sequence_parallel_attention, whole_mask
+from swiftkv_train.sequence_parallel import (
+    check_heads,
+    part_of,
+    sequence_group,
+    use_sequence_parallel_attention,
+    whole_mask,
+)
 from swiftkv_train.stopping import Stop, Stopped
 from swiftkv_train.strategies import make_strategy
 from swiftkv_train.student import (
@@ -174,7 +180,7 @@ class Distillation:
 
         self.recipe, self.stop = recipe, stop or Stop()
         training = recipe.training
-        if recipe.model.dtype == "float16" and not torch.accelerator.is_available():
+        if recipe.model.dtype == "float16" and compute_device().type == "cpu":
             raise UserError("model.dtype: float16 trains on a GPU only; use bfloat16 or float32")
         self.strategy = make_strategy(recipe)
         self.accelerator = self.strategy.accelerator
@@ -204,6 +210,7 @@ class Distillation:
         tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
         pad = pad_token_id(tokenizer)
         vocabulary = model.config.vocab_size
+        check_heads(recipe, model.config)
         with accelerator.main_process_first():
             self.data = load_training_data(recipe.data, tokenizer, vocabulary, pad, base=recipe.model, report=report)
             sources = load_held_out(recipe.data, tokenizer, vocabulary, base=recipe.model, report=report)
@@ -220,7 +227,7 @@ class Distillation:
         quantization = recipe.model.quantization
         if not (self.strategy.shards_weights or quantization):  # else a device may be too small for all of it
             model.to(accelerator.device)
-        use_training_attention(model)
+        use_training_attention(model, accelerator.device)
         checkpoint = self.checkpoints.resumed
         if checkpoint is None:
             self._start_tail(model)
@@ -241,7 +248,7 @@ class Distillation:
         self.config, self.peak = model.config, device_peak(accelerator.device, recipe.model.dtype)
         half = None if recipe.model.dtype == "float32" else getattr(torch, recipe.model.dtype)
         if self.group is not None:
-            use_sequence_parallel_attention(model, self.group)
+            use_sequence_parallel_attention(model)
         self.strategy.wrap(DistillationModule(model, recipe.loss, half, self.group))
         if training.gradient_checkpointing:
             checkpoint_tail(model)
@@ -281,7 +288,7 @@ class Distillation:
             measures = torch.cat(rows)
             if self.accelerator.num_processes > 1:
                 measures = self.accelerator.gather(self.accelerator.pad_across_processes(measures, pad_index=-1.0))
-                measures = measures[measures[:, 2] >= 0]
+                measures = measures[measures[:, 2] != -1]  # the padding; a token of nan stays
             found[name] = summarise(measures)
         return found
 
@@ -452,8 +459,10 @@ def distill(
         allow_changed: even if the recipe, the data or the base is not what it was made from.
         stop: watches for signals, which are left to the caller otherwise.
     """
-    distillation = Distillation(recipe, resume=resume, allow_changed=allow_changed, quiet=quiet, stop=stop)
-    status = distillation.train(calibrate_only=calibrate_only)
+    stop = stop or Stop()
+    with stop.not_alone():
+        distillation = Distillation(recipe, resume=resume, allow_changed=allow_changed, quiet=quiet, stop=stop)
+        status = distillation.train(calibrate_only=calibrate_only)
     distillation.strategy.close()
     return status
 

@@ -28,7 +28,7 @@ from swiftkv_models.llama import uniform_groups
 from swiftkv_models.rope import rotate
 from swiftkv_train.calibrate import ridge_solution, undetermined
 from swiftkv_train.data import load_training_data
-from swiftkv_train.loading import load_tokenizer, pad_token_id
+from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
 from swiftkv_train.plan.inference import cache_bytes_per_token, prefill_flops
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Recipe
@@ -374,7 +374,7 @@ def look(recipe: Recipe) -> tuple[LlamaSwiftKVForCausalLM, LayerSums]:
     """The recipe's model, not calibrated, and the sums over its calibration's tokens."""
     report = Reporter()
     length, rows = recipe.data.sequence_length, recipe.training.micro_batch_size
-    device: Any = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device: Any = compute_device()
     model = build_model(recipe)
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     data = load_training_data(

@@ -17,11 +17,17 @@ Model: TypeAlias = Any  # a causal language model of transformers
 Tokenizer: TypeAlias = Any  # a fast tokenizer of transformers
 
 
-def tell_deepspeed_of_cpu() -> None:
-    """Before anything imports DeepSpeed, as transformers does to save a model: on CPU it would print a warning."""
+def compute_device() -> torch.device:
+    """What training and calibration run on here: a GPU, but not Apple's, which has no fp64; else the CPU."""
     import torch
 
-    if not torch.accelerator.is_available():
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None or found.type == "mps" else found
+
+
+def tell_deepspeed_of_cpu() -> None:
+    """Before anything imports DeepSpeed, as transformers does to save a model: on CPU it would print a warning."""
+    if compute_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "training.output_dir",
 )
 MOST_NAMED = 6  # changes that an error lists
+OF_THE_BASE = " of the base"  # ends the names of its files
 
 
 def recipe_origin(recipe: Recipe) -> dict[str, Any]:
@@ -46,11 +47,16 @@ def recipe_origin(recipe: Recipe) -> dict[str, Any]:
 def content_origin(model: ModelSection, data: TrainingData, held_out: list[TokenizedSource]) -> dict[str, Any]:
     """Fingerprints of what a recipe's paths hold, by what an error calls it: the base, once loaded, and the sources."""
     return {
-        **{f"{name} of the base": digest for name, digest in _digests_of_model(model).items()},
+        **base_origin(model),
         **{f"train source {packed.source.name!r}": packed.source.fingerprint for packed in data.packed},
         **{f"held-out source {source.name!r}": source.fingerprint for source in held_out},
         "this program's packing of sequences": STREAM_VERSION,
     }
+
+
+def base_origin(model: ModelSection) -> dict[str, Any]:
+    """The base's part of it: the SHA-256 of each of its files."""
+    return {f"{name}{OF_THE_BASE}": digest for name, digest in _digests_of_model(model).items()}
 
 
 def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -61,13 +67,22 @@ def content_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} changed" for name in _differing(before, now)]
 
 
+def base_changes(before: dict[str, Any], model: ModelSection) -> list[str]:
+    """What of the base, once loaded, is not what the content `before` was made from."""
+    files = {name: digest for name, digest in before.items() if name.endswith(OF_THE_BASE)}
+    return content_changes(files, base_origin(model))
+
+
 def refuse(checkpoint: Path, changes: list[str]) -> UserError:
-    named = "; ".join(changes[:MOST_NAMED])
-    more = f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
     return UserError(
-        f"{checkpoint} cannot be resumed: {named}{more}; restore that, choose another training.output_dir, "
+        f"{checkpoint} cannot be resumed: {listed(changes)}; restore that, choose another training.output_dir, "
         "or go on all the same with --allow-changed"
     )
+
+
+def listed(changes: list[str]) -> str:
+    more = f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
+    return "; ".join(changes[:MOST_NAMED]) + more
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

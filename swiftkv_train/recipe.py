@@ -1,13 +1,14 @@
 """Recipes: one YAML file that states a whole run, checked before anything is loaded.
 
 Unknown keys are refused with the file, the key's path and the nearest right key. `key=value` overrides use dotted
-paths (`training.steps=200`). Paths inside a recipe are relative to the directory the command is run in, except that of
-`extends: other.yaml`, which is relative to the recipe: whatever a recipe leaves out is as in the one it extends.
+paths (`training.steps=200`). Paths inside a recipe are relative to the directory the command is run in, or begin with
+`~`; that of `extends: other.yaml` is relative to the recipe: whatever a recipe leaves out is as in the one it extends.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from swiftkv_train.errors import UserError
 
@@ -40,6 +41,8 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
+# A path, or a hub id; `~` is the user's home, which no shell puts in place inside a file.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -48,7 +51,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    base: str = Field(min_length=1, description="Local directory or hub id of the base model.")
+    base: Place = Field(min_length=1, description="Local directory or hub id of the base model.")
     revision: str | None = Field(None, description="Revision of a hub id.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="Compute dtype of the frozen base."
@@ -66,7 +69,7 @@ class RewriteSection(Section):
         None, description="The tail's layers in groups of any size, in place of g: [[15], [16, 17], [18, 19, 20], ...]."
     )
     init: Literal["calibrated", "copy", "checkpoint"] = Field("calibrated", description="Where the tail starts from.")
-    init_from: str | None = Field(None, description="Exported checkpoint to continue, with `init: checkpoint`.")
+    init_from: Place | None = Field(None, description="Exported checkpoint to continue, with `init: checkpoint`.")
 
     @model_validator(mode="after")
     def _init_from_goes_with_checkpoint(self) -> RewriteSection:
@@ -111,7 +114,7 @@ class Source(Section):
     """One stream of documents: prose or chats."""
 
     name: str = Field(description="Name in logs, metrics and reports.")
-    path: str | None = Field(
+    path: Place | None = Field(
         None, description="File, directory or glob: .txt, .md, .json, .jsonl (also .gz) or .parquet."
     )
     dataset: str | None = Field(None, description="Hugging Face dataset name instead of `path`.")
@@ -154,7 +157,7 @@ class DataSection(Section):
         default_factory=list,
         description="Sources that `swiftkv evaluate` measures on and nothing was chosen by; left out: `held_out`.",
     )
-    cache_dir: str = Field(
+    cache_dir: Place = Field(
         "outputs/token-cache", min_length=1, description="Where tokenised sources are kept, by content hash."
     )
     seed: int = Field(0, ge=0, description="Seed of the order of documents and sequences.")
@@ -193,7 +196,7 @@ class LoraSection(Section):
 
 
 class TrainingSection(Section):
-    output_dir: str = Field(min_length=1, description="The run directory.")
+    output_dir: Place = Field(min_length=1, description="The run directory.")
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all processes and accumulation.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward on one process.")
@@ -250,7 +253,7 @@ class DistributedSection(Section):
     sequence_parallel: int = Field(
         1, ge=1, description="Processes that share every sequence (DeepSpeed-Ulysses), for those too long for one."
     )
-    deepspeed_config: str | None = Field(
+    deepspeed_config: Place | None = Field(
         None, description="A DeepSpeed JSON file with more settings (offloading, buckets), with `zero1` to `zero3`."
     )
 

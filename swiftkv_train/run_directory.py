@@ -25,11 +25,12 @@ from swiftkv_train.durable import publish_directory, write_text
 from swiftkv_train.errors import UserError
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.run_state import STATE
 
 WEIGHTS, MOMENTS, PROGRESS = "student.safetensors", "optimizer.safetensors", "progress.json"
 CANNOT_WRITE = (OSError, SafetensorError)  # what writing a checkpoint raises when the disk refuses
 # What a run leaves that ended over its model or its data: nothing that is worth keeping from the corrected one.
-BEFORE_THE_FIRST_FIGURE = {"recipe.yaml", "calibration.json", "state.json", "wandb", "tensorboard"}
+BEFORE_THE_FIRST_FIGURE = {"recipe.yaml", "calibration.json", STATE, "wandb", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,17 @@ class RunDirectory:
     def create(cls, path: str | Path, recipe: Recipe, *, restart: bool = False) -> RunDirectory:
         """A new run directory. Raises UserError when `path` already holds anything but a run that never began.
 
-        `restart`: a run without a checkpoint begins again; the figures that it logged are removed.
+        A recipe.yaml that no run has written is the user's own and never replaced. `restart`: a run without a
+        checkpoint begins again; the figures that it logged are removed.
         """
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"training.output_dir {run.path} is a file; choose another directory")
+        if run._holds_foreign_recipe(recipe):
+            raise UserError(
+                f"training.output_dir {run.path} holds a recipe.yaml that no run has written; choose another directory "
+                "or give that file another name"
+            )
         restart = restart and run.recipe_path.exists() and not run.checkpoints()
         held = {item.name for item in run.path.iterdir()} if run.path.exists() else set()
         visible = {name for name in held if not name.startswith(".")}  # the rest is locks and temporary files
@@ -86,6 +93,15 @@ class RunDirectory:
         if not run.recipe_path.is_file():
             raise UserError(f"{run.path} is not a run directory (no recipe.yaml); `swiftkv distill RECIPE` makes one")
         return run
+
+    def _holds_foreign_recipe(self, recipe: Recipe) -> bool:
+        """Whether writing `recipe` would replace what no run has stored: a run keeps state.json from its first second.
+
+        What would be stored already is no loss: that of a run which was killed before.
+        """
+        if not self.recipe_path.is_file() or (self.path / STATE).exists() or self.checkpoints():
+            return False
+        return self.recipe_path.read_bytes() != recipe.to_yaml().encode()
 
     def recipe(self) -> Recipe:
         return load_recipe(self.recipe_path)

@@ -50,11 +50,16 @@ def sequence_group(recipe: Recipe, accelerator: Accelerator) -> Any:
     return groups[accelerator.process_index // size]
 
 
-def use_sequence_parallel_attention(model: Model, group: Any) -> None:
-    """Let the model's attention exchange parts where `sequence_group` is passed to it."""
-    size, heads = torch.distributed.get_world_size(group), model.config.num_key_value_heads
-    if size > heads:
-        raise UserError(f"distributed.sequence_parallel {size} is more than the model's {heads} K/V heads")
+def check_heads(recipe: Recipe, config: Any) -> None:
+    """Raises UserError when the heads of a model of this configuration cannot be shared out evenly in a group."""
+    size = recipe.distributed.sequence_parallel
+    for kind, heads in (("K/V", config.num_key_value_heads), ("query", config.num_attention_heads)):
+        if heads % size:
+            raise UserError(f"distributed.sequence_parallel {size} does not divide the model's {heads} {kind} heads")
+
+
+def use_sequence_parallel_attention(model: Model) -> None:
+    """Let the model's attention exchange parts where `sequence_group` is passed to it. See `check_heads`."""
     inner = model.config._attn_implementation
     name = f"ulysses_{inner}"
     AttentionInterface.register(name, partial(_ulysses_attention, ALL_ATTENTION_FUNCTIONS[inner]))

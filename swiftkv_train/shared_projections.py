@@ -50,9 +50,10 @@ def shared_values(values: Tensor, output_weights: Tensor) -> Tensor:
 
 
 def compensated_queries(weight: Tensor, factors: Tensor) -> Tensor:
-    """q_proj's weight [H C, D], or its bias [H C], for queries c* q, with a member's factors c [G, F]."""
+    """q_proj's weight [H C, D] or bias [H C] for queries c* q, with a member's factors c [G, F]; on c's device."""
     groups, frequencies = factors.shape
-    rows = weight.to(torch.float64).view(groups, -1, 2 * frequencies, *weight.shape[1:])  # [G, R, C, ...]
+    weight = weight.to(factors.device, torch.float64)
+    rows = weight.view(groups, -1, 2 * frequencies, *weight.shape[1:])  # [G, R, C, ...]
     first, second = rows.chunk(2, dim=2)
     real, imaginary = (
         part.view(groups, 1, frequencies, *[1] * (weight.ndim - 1)) for part in (factors.real, factors.imag)

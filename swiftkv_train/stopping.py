@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._deferred = False
+        self._at_once = False  # whether a signal has raised Stopped in this process, wherever the others are
 
     @property
     def status(self) -> int:
@@ -38,6 +41,7 @@ class Stop:
             if again and number == signal.SIGINT:
                 raise KeyboardInterrupt
             if not again and not self._deferred:
+                self._at_once = True
                 raise Stopped
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -46,6 +50,21 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def not_alone(self) -> Iterator[None]:
+        """Around a run: of several processes, one that a signal takes out of it by itself ends here.
+
+        The others wait for it where it does not come any more, so it must not wait for them. It ends as a process that
+        the signal has killed: at a status of 0 the launcher would not end the others.
+        """
+        try:
+            yield
+        finally:
+            if self.signal and self._at_once and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(128 + self.signal)
 
     def defer(self) -> None:
         """From here on leave only where `check` is called."""

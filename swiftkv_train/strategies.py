@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import tell_deepspeed_of_cpu
+from swiftkv_train.loading import compute_device, tell_deepspeed_of_cpu
 from swiftkv_train.quantized_base import import_bitsandbytes
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.student import tail_parameters, trainable_parameters
@@ -57,7 +57,7 @@ class DataParallel:
 
         half = "fp16" if self.recipe.model.dtype == "float16" else "no"  # fp16 for its gradient scaler
         patience = InitProcessGroupKwargs(timeout=PATIENCE)
-        return Accelerator(mixed_precision=half, cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
+        return Accelerator(mixed_precision=half, cpu=compute_device().type == "cpu", kwargs_handlers=[patience])
 
     def wrap(self, module: nn.Module) -> None:
         """Take the module whose forward is the loss, and make the optimizer of its trainable parameters."""
@@ -111,7 +111,7 @@ class DataParallel:
         """AdamW's state as whole tensors named `PARAMETER:KEY`. Every process must call it; the main one has them."""
         state = self.optimizer.state
         return {
-            f"{name}:{key}": self._whole(value)
+            f"{name}:{key}": self._whole(value) if isinstance(value, torch.Tensor) else _step_tensor(value)
             for name, parameter in self.parameters().items()
             for key, value in state.get(parameter, {}).items()
         }
@@ -121,8 +121,8 @@ class DataParallel:
         parameters = self.parameters()
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition(":")
-            # `step` is a scalar that AdamW keeps on the CPU.
-            value = tensor if key == "step" else self._part(tensor, parameters[name])
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+            value = _step_of(optimizer, tensor) if key == "step" else self._part(tensor, parameters[name])
             self.optimizer.state[parameters[name]][key] = value
 
     def close(self) -> None:
@@ -198,7 +198,7 @@ class ZeRO(DataParallel):
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
         import_deepspeed(f"distributed.strategy {self.recipe.distributed.strategy}")
-        on_cpu = not torch.accelerator.is_available()
+        on_cpu = compute_device().type == "cpu"
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(self.recipe))
         group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE)
         accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
@@ -253,7 +253,7 @@ class ZeRO(DataParallel):
         for name, parameter in self.parameters().items():
             for key in ("exp_avg", "exp_avg_sq"):
                 found[f"{name}:{key}"] = self._keep(safe_get_full_optimizer_state(parameter, key))
-            found[f"{name}:step"] = self._flat_states()[0]["step"].clone()
+            found[f"{name}:step"] = _step_tensor(self._flat_states()[0]["step"])
         return found
 
     def restore_optimizer(self, tensors: Moments) -> None:
@@ -265,7 +265,7 @@ class ZeRO(DataParallel):
             name, _, key = full_name.rpartition(":")
             if key == "step":
                 for state in self._flat_states():
-                    state["step"] = tensor
+                    state["step"] = _step_of(self.optimizer.optimizer.optimizer, tensor)
             else:
                 safe_set_full_optimizer_state(parameters[name], tensor.to(self.accelerator.device), key)
 
@@ -333,9 +333,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": training.max_grad_norm,
-        "zero_optimization": {**config.get("zero_optimization", {}), "stage": stage},
+        "zero_optimization": {**(config.get("zero_optimization") or {}), "stage": stage},
     }
     config.setdefault("steps_per_print", 2**31)
+    # Where moments are offloaded accelerate would otherwise take DeepSpeed's Adam and forget training.betas.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
 
 
@@ -367,6 +369,16 @@ def _optimizer_class(name: str, device: torch.device) -> Callable[..., torch.opt
     return bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
 
 
+def _step_tensor(step: torch.Tensor | float) -> torch.Tensor:
+    """An optimizer's step as checkpoints hold it: a scalar, fp32."""
+    return torch.as_tensor(step, dtype=torch.float32).clone()
+
+
+def _step_of(optimizer: torch.optim.Optimizer, step: torch.Tensor) -> torch.Tensor | int:
+    """As `optimizer` keeps it: torch's AdamW as that scalar, on the CPU; bitsandbytes' and DeepSpeed's as an int."""
+    return step if isinstance(optimizer, torch.optim.AdamW) else int(step)
+
+
 def make_strategy(recipe: Recipe) -> DataParallel:
     """The strategy of a recipe. Raises UserError when it cannot run here or the launcher was told something else."""
     name = recipe.distributed.strategy
@@ -387,6 +399,12 @@ def make_strategy(recipe: Recipe) -> DataParallel:
         if name != "ddp" and (value in ("float16", "int8", "nf4") or value.endswith("8bit")):
             raise UserError(f"{key} {value} trains under distributed.strategy ddp only, not {name}; use {instead}")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and recipe.distributed.deepspeed_config is not None:
+        raise UserError(
+            f"distributed.deepspeed_config {recipe.distributed.deepspeed_config} is for several processes: start them "
+            "with `accelerate launch -m swiftkv_train.distill` or `deepspeed --module swiftkv_train.distill`, or leave "
+            "it out (distributed.deepspeed_config=null)"
+        )
     if alone or name == "ddp":
         return DataParallel(recipe)
     return FullyShard(recipe) if name == "fsdp2" else ZeRO(recipe)

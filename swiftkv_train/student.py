@@ -89,9 +89,12 @@ def checkpoint_tail(model: LlamaSwiftKVForCausalLM) -> None:
         layer.training = True  # of the layer alone: transformers asks for it, and its parts stay as they are
 
 
-def use_training_attention(model: Model) -> None:
-    """Where torch's own attention is slow for whole sequences (CPU), take the kernels' instead."""
-    if model.device.type == "cpu" and model.config._attn_implementation in SDPA:
+def use_training_attention(model: Model, device: torch.device | None = None) -> None:
+    """Where torch's own attention is slow for whole sequences (CPU), take the kernels' instead.
+
+    `device`: what the model will run on, if it is not there yet.
+    """
+    if (device or model.device).type == "cpu" and model.config._attn_implementation in SDPA:
         model.set_attn_implementation(PACKED_CAUSAL)
 
 

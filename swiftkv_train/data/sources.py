@@ -61,7 +61,7 @@ def resolve_files(source: Source) -> list[Path]:
     if source.path is None:
         return []
     known = ", ".join(FORMATS)
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if path.is_file():
         if _format_of(path) is None:
             raise UserError(f"source {source.name!r}: {path} has an unknown format; known are {known}")

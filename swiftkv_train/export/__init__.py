@@ -16,8 +16,9 @@ from swiftkv_train.durable import publish_directory
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export.bundle import bundle
 from swiftkv_train.export.card import model_card
-from swiftkv_train.export.check import check_in_clean_process
+from swiftkv_train.export.check import check_in_clean_process, check_stored
 from swiftkv_train.loading import load_tokenizer, one_line
+from swiftkv_train.origin import base_changes, listed
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.student import build_model, load_trained, merge_adapters
 
@@ -36,7 +37,8 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     own q/k/v_proj and repeats a group leader's K/V in every member, and brings no code.
 
     Raises:
-        UserError: no run or checkpoint there, `to` already exists, or the disk refuses to take it.
+        UserError: no run or checkpoint there, the base has changed since, `to` already exists, or the disk refuses to
+            take it.
         RunError: what was written does not work by itself. In either case nothing is left under the final name.
     """
     run = RunDirectory.open(run_path)
@@ -47,6 +49,8 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     recipe = run.recipe()
     report(f"run         {run.path}, step {checkpoint.step} of {recipe.training.steps}")
     model = build_model(recipe)
+    if changes := base_changes(checkpoint.progress["content"], recipe.model):
+        raise UserError(f"{checkpoint.path} was trained on another base: {listed(changes)}; restore that")
     load_trained(model, merge_adapters(checkpoint.weights(), recipe.training.lora), str(checkpoint.path))
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     provenance = {
@@ -54,7 +58,7 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
         "step": checkpoint.step,
         "recipe": recipe.model_dump(mode="json"),
         "calibration": run.read_json("calibration.json"),
-        "held_out": last_held_out(run),
+        "held_out": held_out_at(run, checkpoint.step),
     }
     exported = model if format == "arctic" else without_base_projections(model)
     temporary = final.parent / f".{final.name}.partial"
@@ -68,11 +72,14 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
             _write_hf(exported, temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(model_card(exported.config, provenance), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(exported.config, provenance, format), encoding="utf-8")
         if format == "hf":
             report("check       loading the checkpoint by itself in a clean process")
             difference = check_in_clean_process(temporary, exported)
             report(f"check       logits agree (largest difference {difference:.1g} of their spread)")
+        else:
+            check_stored(temporary, arctic_tensors(exported))
+            report("check       the tensors read back are those of the run")
         publish_directory(temporary, final)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{final} cannot be written: {one_line(error)}; nothing was left there") from None
@@ -110,7 +117,8 @@ def _write_hf(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
         (directory / name).write_text(source, encoding="utf-8")
 
 
-def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
+def arctic_tensors(model: LlamaSwiftKVForCausalLM) -> dict[str, torch.Tensor]:
+    """What ArcticInference's layout stores: every member of a group has its leader's K/V, a tied head is left out."""
     config = model.config
     weights = model.state_dict()
     for leader, *others in config.tail_groups:
@@ -120,7 +128,11 @@ def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
                 weights[name.replace(f"layers.{leader}.", f"layers.{layer}.", 1)] = weights[name].clone()
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    model.save_pretrained(directory, state_dict=weights)
+    return weights
+
+
+def _write_arctic(model: LlamaSwiftKVForCausalLM, directory: Path) -> None:
+    model.save_pretrained(directory, state_dict=arctic_tensors(model))
     _share(directory)
 
 
@@ -131,9 +143,9 @@ def _share(directory: Path) -> None:
         file.chmod(probe.stat().st_mode)
 
 
-def last_held_out(run: RunDirectory) -> dict[str, Any] | None:
-    """The newest held-out figures that a run logged: source name -> figures."""
-    return next((row["held_out"] for row in reversed(run.metrics.rows()) if "held_out" in row), None)
+def held_out_at(run: RunDirectory, step: int) -> dict[str, Any] | None:
+    """The held-out figures that a run logged at `step`, if it did: source name -> figures."""
+    return next((row["held_out"] for row in run.metrics.rows() if "held_out" in row and row["step"] == step), None)
 
 
 __all__ = ["RunError", "export"]

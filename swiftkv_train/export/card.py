@@ -8,36 +8,7 @@ from typing import Any
 from swiftkv_models import LlamaSwiftKVConfig
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-
-
-def model_card(config: LlamaSwiftKVConfig, provenance: dict[str, Any]) -> str:
-    """README.md of a checkpoint: what it is, how to load it, what was measured on it."""
-    base = provenance["base"]
-    first, layers, groups = config.num_key_value_layers, config.num_hidden_layers, config.tail_groups
-    cached = config.num_cached_layers / layers
-    rows = [
-        (name, quality["kl"], quality["agreement"], quality["base_perplexity"], quality["student_perplexity"])
-        for name, quality in (provenance["held_out"] or {}).items()
-    ]
-    if all(len(group) == 1 for group in groups):
-        sharing = "every tail layer has a K/V of its own"
-    elif config.key_value_groups is None:
-        sharing = f"groups of {config.key_value_group_size} tail layers share one K/V"
-    else:
-        sharing = f"tail layers share one K/V in groups of {', '.join(str(len(group)) for group in groups)}"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [swiftkv]
----
-# {Path(base).name} in SwiftKV form
-
-{base} rewritten so that prompt tokens run through {first} of its {layers} layers only: the K/V of the other
-{layers - first} come from the output of layer {first - 1} (SingleInputKV), and {sharing} (AcrossKV). The cache holds
-{cached:.1%} of the base's bytes. The tail's Q/K/V projections were distilled from the base for {provenance["step"]}
-steps; everything else is the base's, whose licence holds.
-
-```python
+HF_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dtype="auto")
@@ -54,7 +25,44 @@ model.generate(**inputs, past_key_values=model.sink_window_cache(window=1020, at
 # A prompt that many requests begin with, prefilled once and kept once (relay attention); the two go together.
 prefix = model.shared_prefix(tokenizer, SYSTEM_PROMPT)
 model.generate(**inputs, past_key_values=model.sink_window_cache(window=1020, prefixes=prefix, **inputs))
-```
+```"""
+ARCTIC_USAGE = """For vLLM with the plugin ArcticInference, which brings the model's code. None lies here, so
+transformers does not load it.
+
+```bash
+pip install 'arctic-inference[vllm]'
+ARCTIC_INFERENCE_ENABLED=1 vllm serve PATH
+```"""
+
+
+def model_card(config: LlamaSwiftKVConfig, provenance: dict[str, Any], format: str) -> str:
+    """README.md of a checkpoint of format `hf` or `arctic`: what it is, how to load it, what was measured on it."""
+    base = provenance["base"]
+    first, layers, groups = config.num_key_value_layers, config.num_hidden_layers, config.tail_groups
+    cached = config.num_cached_layers / layers
+    rows = [
+        (name, quality["kl"], quality["agreement"], quality["base_perplexity"], quality["student_perplexity"])
+        for name, quality in (provenance["held_out"] or {}).items()
+    ]
+    if all(len(group) == 1 for group in groups):
+        sharing = "every tail layer has a K/V of its own"
+    elif config.key_value_groups is None:
+        sharing = f"groups of {config.key_value_group_size} tail layers share one K/V"
+    else:
+        sharing = f"tail layers share one K/V in groups of {', '.join(str(len(group)) for group in groups)}"
+    return f"""---
+library_name: {"transformers" if format == "hf" else "vllm"}
+pipeline_tag: text-generation
+tags: [swiftkv]
+---
+# {Path(base).name} in SwiftKV form
+
+{base} rewritten so that prompt tokens run through {first} of its {layers} layers only: the K/V of the other
+{layers - first} come from the output of layer {first - 1} (SingleInputKV), and {sharing} (AcrossKV). The cache holds
+{cached:.1%} of the base's bytes. The tail's Q/K/V projections were distilled from the base for {provenance["step"]}
+steps; everything else is the base's, whose licence holds.
+
+{HF_USAGE if format == "hf" else ARCTIC_USAGE}
 
 ## Measured on held-out text
 

@@ -1,4 +1,4 @@
-"""Does a written checkpoint work on its own? Loads it in a clean process and compares its logits."""
+"""Is a written checkpoint right? One with code is loaded in a clean process for its logits, another read back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -55,6 +56,18 @@ save_file({"full": full.float().contiguous(), "prefill": prefill.logits.float().
            "optimized": optimized.float().contiguous(),
            "generated": generated, "stored": torch.tensor(stored)}, output)
 """
+
+
+def check_stored(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises RunError unless the weights that `directory` holds are exactly `tensors`."""
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stored |= load_file(file)
+    if odd := sorted(stored.keys() ^ tensors.keys()):
+        raise RunError(f"the exported checkpoint is not the run's: {odd[0]} is on one side only")
+    for name, tensor in tensors.items():
+        if stored[name].dtype != tensor.dtype or not torch.equal(stored[name], tensor.cpu()):
+            raise RunError(f"the exported checkpoint is not the run's: {name} differs")
 
 
 @torch.no_grad()

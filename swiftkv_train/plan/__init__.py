@@ -17,6 +17,7 @@ from swiftkv_train.plan.advice import first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
 from swiftkv_train.plan.memory import training_memory
 from swiftkv_train.recipe import Recipe
+from swiftkv_train.sequence_parallel import check_heads
 from swiftkv_train.student import add_adapters, trainable_parameters
 
 
@@ -48,6 +49,7 @@ def plan(
         raise UserError(f"training.batch_size {training.batch_size} is smaller than the {sharing}")
     model = model_on_meta(recipe)
     config = model.config
+    check_heads(recipe, config)
     base = copy.copy(config)
     base.num_key_value_layers, base.key_value_groups = config.num_hidden_layers, None
     context = context or length

@@ -46,7 +46,8 @@ def _candidates(recipe: Recipe, processes: int) -> Iterator[tuple[Recipe, int]]:
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     shardable = training.optimizer == "adamw" and recipe.model.dtype != "float16"  # as the strategies ask for
-    strategies = STRATEGIES[STRATEGIES.index(own) :] if shardable else [own]
+    bound = recipe.distributed.deepspeed_config is not None  # to the strategy that the file is written for
+    strategies = STRATEGIES[STRATEGIES.index(own) :] if shardable and not bound else [own]
     quantizations = QUANTIZATIONS[QUANTIZATIONS.index(recipe.model.quantization) :]
     weightings = ["head", "layer"] if recipe.calibration.weighting == "head" else [recipe.calibration.weighting]
     for count, strategy, quantization, checkpointing, size, weighting in product(

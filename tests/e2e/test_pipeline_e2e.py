@@ -94,7 +94,7 @@ def test_the_checkpoint_generates_where_this_project_is_not_installed(project, t
     assert found["ids"] == expected.tolist()
 
 
-def test_evaluate_reports_and_its_gate_decides_the_status(project, tmp_path):
+def test_evaluate_reports_and_its_gate_decides_the_status(project, tmp_path, monkeypatch):
     arguments = ["evaluate", project.checkpoint, "--base", project.base, "--tokens", "256", "--report"]
     passed = run_process(*arguments, tmp_path / "one", "--json", "--gate", "kl=1.0", cwd=project.root)
     assert passed.status == 0, passed.err
@@ -106,7 +106,13 @@ def test_evaluate_reports_and_its_gate_decides_the_status(project, tmp_path):
     assert json.loads((tmp_path / "one/report.json").read_text()) == result
     for name in ("report.md", "quality.png", "position.png", "first_token.png"):
         assert (tmp_path / "one" / name).stat().st_size > 0
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("swiftkv_train.evaluate.replace_figures", read_only)
     failed = run_here(*arguments, tmp_path / "two", "--gate", "kl=0.00001", cwd=project.root)
+    assert f"warning     the figures in {project.checkpoint / 'README.md'} are not renewed: Read-only" in failed.err
     assert failed.status == 1
     assert failed.err.splitlines()[-1].startswith("error: gate: kl is ")
     assert (tmp_path / "two/report.json").is_file()
@@ -153,6 +159,10 @@ def test_the_arctic_format_repeats_shared_keys_and_keeps_the_tails_own(workplace
     assert config["model_type"] == "llama_swiftkv"
     assert config["architectures"] == ["LlamaSwiftKVForCausalLM"]
     assert not list((workplace / "arctic").glob("*.py"))
+    card = (workplace / "arctic/README.md").read_text()
+    assert "ARCTIC_INFERENCE_ENABLED=1 vllm serve" in card
+    assert "trust_remote_code" not in card
+    assert "check       the tensors read back" in result.err
 
 
 def test_training_continues_from_an_exported_checkpoint(project, workplace):

@@ -1,6 +1,8 @@
 """More than one process, and processes that are stopped."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -127,6 +129,23 @@ def test_a_users_deepspeed_settings_are_taken_and_may_not_contradict_the_recipe(
     assert not (workplace / "again").exists()
 
 
+@pytest.mark.distributed
+def test_an_offloaded_optimizer_is_the_recipes_own_and_resumes_exactly(workplace, port):
+    recipe = write_recipe(workplace / "recipe.yaml", {"training.betas": [0.5, 0.6]})
+    assert run_here("distill", recipe, "training.output_dir=one", cwd=workplace).status == 0
+    (workplace / "ds.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    options = ["training.output_dir=two", "distributed.strategy=zero2", "distributed.deepspeed_config=ds.json"]
+    result = launch(recipe, *options, cwd=workplace, port=port)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = ([row["loss"] for row in metrics(workplace / name) if "loss" in row] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)  # sums in another order, as above
+    whole = weights(workplace / "two")
+    shutil.rmtree(workplace / "two/checkpoints/step-000004")
+    result = launch(recipe, *options, "--resume", cwd=workplace, port=port)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(torch.equal(weights(workplace / "two")[name], tensor) for name, tensor in whole.items())
+
+
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -173,6 +192,39 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(workplace,
     assert comparable(metrics(run)) == comparable(metrics(workplace / "whole"))
     for name, tensor in weights(workplace / "whole").items():
         assert torch.equal(weights(run)[name], tensor), name
+
+
+def workers_of(launcher):
+    """The processes that a launcher has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, _, rest = status.read_text().rpartition(")")
+            if int(rest.split()[1]) == launcher:
+                found.append(int(number.split()[0]))
+    return found
+
+
+@pytest.mark.distributed
+def test_a_signal_to_one_of_two_processes_before_the_first_step_ends_both(workplace, port):
+    changes = {"training.micro_batch_size": 1, "calibration.tokens": 5_000_000, "training.output_dir": "run"}
+    recipe = write_recipe(workplace / "recipe.yaml", changes)
+    command = [*LAUNCH, "--main_process_port", str(port), "-m", "swiftkv_train.distill", str(recipe)]
+    with (workplace / "log").open("w") as log:
+        launcher = subprocess.Popen(command, cwd=workplace, env=environment(), stdout=log, stderr=log)
+    workers = []
+    try:
+        wait_for(lambda: launcher.poll() is not None or "data  " in (workplace / "log").read_text(), seconds=180)
+        workers = workers_of(launcher.pid)
+        assert len(workers) == 2, (workplace / "log").read_text()
+        os.kill(workers[1], signal.SIGTERM)
+        assert launcher.wait(timeout=120) != 0
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    finally:
+        for process in [launcher.pid, *workers]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        launcher.wait()
 
 
 def test_a_kill_during_export_leaves_nothing_under_the_final_name(project, workplace):

@@ -44,6 +44,7 @@ def another_copy():
         for name in [name for name in sys.modules if name.startswith("swiftkv_models")]:
             del sys.modules[name]
         sys.modules.update(mine)
+        importlib.reload(mine["swiftkv_models"])  # registers its classes again
 
 
 def test_copies_of_the_code_live_side_by_side(another_copy):
@@ -67,7 +68,7 @@ def test_a_forward_that_broke_off_is_not_gone_on_from():
     model, ids = swiftkv_model(), random_ids(1, 12)
     cache = new_cache(model)
     model.requires_grad_(True)
-    with pytest.raises(ValueError, match="no backward pass|gradient"):
+    with pytest.raises(ValueError, match="no backward pass"):
         model(ids, past_key_values=cache, use_cache=True)  # past the window, and under no no_grad
     with pytest.raises(ValueError, match=r"broken off .* reset\(\) it"):
         logits(model, ids, cache)
@@ -125,9 +126,8 @@ def test_rows_come_to_the_end_of_their_prefixes_at_different_columns(chunk, monk
     positions, found = mask.cumsum(1) - 1, None
     for start in range(cache.first_column, 14, chunk):
         part = slice(start, min(start + chunk, 14))
-        found = logits(
-            model, ids[:, part], cache, attention_mask=mask[:, : part.stop], position_ids=positions[:, part].clamp_min(0)
-        )
+        its_positions = positions[:, part].clamp_min(0)
+        found = logits(model, ids[:, part], cache, attention_mask=mask[:, : part.stop], position_ids=its_positions)
     for row, tokens in enumerate((torch.cat([begin, short]), torch.cat([begin, long]))):
         alone = model(tokens[None], use_cache=False).logits[0, -1]
         torch.testing.assert_close(found[row, -1], alone, rtol=0, atol=1e-5)  # frequencies in fp32 there
@@ -239,7 +239,7 @@ def test_a_models_own_window_is_not_replaced():
     [
         ({"input_ids": [[1, 2, 3]]}, "input_ids must be a tensor"),
         ({"input_ids": torch.tensor([1, 2, 3])}, "input_ids must be a tensor"),
-        ({"input_ids": torch.ones(1, 9).long(), "attention_mask": torch.ones(1, 4)}, r"attention_mask must be \(1, 9\)"),
+        ({"input_ids": torch.ones(1, 9), "attention_mask": torch.ones(1, 4)}, r"attention_mask must be \(1, 9\)"),
     ],
 )
 def test_prompts_of_the_wrong_form(given, message):

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import swiftkv_train.distill as distill_module
 from swiftkv_models import rewrite
 from swiftkv_train.data import Batch
 from swiftkv_train.distill import Distillation, DistillationModule, distill, learning_rate
@@ -160,6 +162,32 @@ def test_the_loss_is_divided_by_the_loss_tokens_of_the_step(make_recipe):
         kl, _ = independent_loss(teacher, model, batch.input_ids, batch.position_ids, batch.loss_mask, recipe.loss)
     row = distillation.train_step()
     assert row["loss"] == pytest.approx(float(kl) / int(batch.loss_mask.sum()), rel=1e-4)
+
+
+def test_attention_is_chosen_by_where_training_runs(make_recipe, monkeypatch):
+    devices = []
+    monkeypatch.setattr(distill_module, "use_training_attention", lambda model, device=None: devices.append(device))
+    distillation = Distillation(make_recipe(rewrite__init="copy"), quiet=True)
+    distillation.prepare()
+    assert devices == [distillation.accelerator.device]
+
+
+def test_a_token_of_nan_is_not_taken_for_the_padding_of_several_processes(make_recipe):
+    distillation = Distillation(make_recipe(training__evaluate_tokens=64), quiet=True)
+    distillation.prepare()
+    padding = torch.full((1, 4), -1.0)
+    distillation.accelerator = SimpleNamespace(
+        num_processes=2,
+        process_index=0,
+        device=torch.device("cpu"),
+        pad_across_processes=lambda measures, pad_index: measures,
+        gather=lambda tensor: torch.cat([tensor, padding]) if tensor.ndim == 2 else tensor,
+    )
+    of_a_batch = torch.tensor([[0.1, 1.0, 2.0, 2.0], [math.nan] * 4])
+    distillation.strategy.unwrapped = lambda *inputs, compare: of_a_batch
+    for quality in distillation.evaluate().values():
+        assert quality.tokens == 2
+        assert math.isnan(quality.kl)
 
 
 @pytest.mark.parametrize(

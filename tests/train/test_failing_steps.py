@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from debug_recipe import comparable, metrics
+from swiftkv_train.cli import main
 from swiftkv_train.distill import Distillation, DistillationModule, distill
 from swiftkv_train.divergence import FEWEST
 from swiftkv_train.errors import RunError
@@ -49,6 +51,21 @@ def test_a_run_whose_loss_is_nan_stops_and_can_be_resumed(make_recipe, monkeypat
     expected = whole.last_checkpoint(print).weights()
     for name, tensor in spoilt.last_checkpoint(print).weights().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_full_gpu_is_one_line_that_says_what_takes_less(make_recipe, monkeypatch, capsys):
+    def losses(self, *inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    make_recipe(rewrite__init="copy", data__held_out=[])
+    monkeypatch.setattr(DistillationModule, "losses", losses)
+    monkeypatch.setattr(sys, "argv", ["swiftkv", "distill", "recipe.yaml"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    for named in ("training.micro_batch_size", "training.gradient_checkpointing", "swiftkv plan RECIPE --gpu-memory"):
+        assert named in line
 
 
 @pytest.fixture

@@ -232,6 +232,15 @@ def test_where_a_run_does_not_fit_the_mildest_change_that_does_is_named(swiftkv,
     assert swiftkv(*enough, *gib(needed + RESERVED))[0] == 0
 
 
+@pytest.mark.parametrize("zero", [{"stage": 2}, None])
+def test_a_users_deepspeed_settings_leave_the_strategy_as_it_is(swiftkv, tmp_path, zero):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    settings = ["distributed.strategy=zero2", "distributed.deepspeed_config=ds.json", "--processes", "2"]
+    status, _, err = swiftkv(*settings, *gib(RESERVED))
+    assert status == 1
+    assert "no settings" in err
+
+
 def test_a_run_that_cannot_fit_is_told_so(swiftkv):
     status, _, err = swiftkv(*gib(RESERVED))
     assert status == 1
@@ -246,6 +255,7 @@ def test_a_run_that_cannot_fit_is_told_so(swiftkv):
         (["--processes", "9"], "training.batch_size 8 is smaller"),
         (["--processes", "3", "distributed.sequence_parallel=2"], "does not divide"),
         (["model.base=nobody/nothing"], "model nobody/nothing: config cannot be read"),
+        (["--processes", "4", "distributed.sequence_parallel=4"], "4 does not divide the model's 2 K/V heads"),
         (["data.sequence_length=5000"], "data.sequence_length 5000 is longer than the context"),
         (["rewrite.num_key_value_layers=6"], "leaves no layer to train"),
         (["rewrite.key_value_group_size=4"], "key_value_group_size is 4"),

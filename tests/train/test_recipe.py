@@ -97,6 +97,20 @@ def test_a_number_with_an_exponent_and_no_point_is_a_number(text, number):
         assert parse(in_file).training.learning_rate == number
 
 
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    places = ["model.base", "rewrite.init_from", "data.cache_dir", "data.train.0.path", "data.held_out.0.path"]
+    places += ["training.output_dir", "distributed.deepspeed_config"]
+    recipe = parse(TEXT, "rewrite.init=checkpoint", "distributed.strategy=zero1", *(f"{key}=~/x" for key in places))
+    content = yaml.safe_load(recipe.to_yaml())
+    for key in places:
+        node = content
+        for name in key.split("."):
+            node = node[int(name)] if isinstance(node, list) else node[name]
+        assert node == "/home/me/x", key
+    assert parse(TEXT, "model.base=me/~x").model.base == "me/~x"
+
+
 def test_overrides_reach_sections_list_positions_and_absent_sections():
     recipe = parse(
         TEXT,

@@ -60,12 +60,26 @@ def test_a_directory_in_use_is_refused(run, recipe, tmp_path):
 
 def test_a_run_that_ended_before_its_first_figure_may_be_started_again(run, recipe):
     # A wrong data path is found after the directory is made; correcting it must be enough.
+    run.write_json("state.json", {"state": "failed"})
     run.write_json("calibration.json", [])
     corrected = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 7})})
     assert RunDirectory.create(run.path, corrected).recipe().training.steps == 7
     run.metrics.append({"step": 0})
     with pytest.raises(UserError, match="holds another run; continue it with --resume"):
         RunDirectory.create(run.path, recipe)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_recipe_of_the_users_own_is_never_replaced(recipe, tmp_path, restart):
+    place = tmp_path / "mine"
+    place.mkdir()
+    (place / "recipe.yaml").write_text("# mine\n" + recipe.to_yaml())
+    with pytest.raises(UserError, match=r"mine holds a recipe\.yaml that no run has written; choose another directory"):
+        RunDirectory.create(place, recipe, restart=restart)
+    assert (place / "recipe.yaml").read_text().startswith("# mine")
+    # What a run that was killed at once has stored is no loss.
+    (place / "recipe.yaml").write_text(recipe.to_yaml())
+    assert RunDirectory.create(place, recipe, restart=restart).recipe() == recipe
 
 
 def test_a_run_without_a_checkpoint_is_restarted_with_nothing_of_it_left(run, recipe, tmp_path):

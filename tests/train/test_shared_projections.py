@@ -23,6 +23,12 @@ def covariance(seed=1):
     return mixed.T @ mixed / 50
 
 
+def test_weights_are_turned_where_the_factors_are():
+    factors = torch.ones(GROUPS, SIZE // 2, dtype=torch.complex128, device="meta")
+    for shape in ((HEADS * SIZE, INPUTS), (HEADS * SIZE,)):
+        assert compensated_queries(randn(*shape), factors).device == factors.device
+
+
 def turn(vectors, positions):
     """RoPE [N, heads, C] with the half-split layout, written as complex multiplication."""
     frequencies = 100.0 ** -(torch.arange(SIZE // 2, dtype=torch.float64) / (SIZE // 2))

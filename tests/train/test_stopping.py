@@ -1,6 +1,7 @@
 """What signals do, before and after there is something to save."""
 
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,26 @@ def test_a_signal_to_another_process_stops_this_one():
     with pytest.raises(Stopped):
         stop.check(others)
     assert stop.status == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_of_several_that_leaves_at_once_does_not_wait_for_the_others(monkeypatch, number):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os._exit", sys.exit)
+    with Stop().watching() as stop, pytest.raises(SystemExit) as end, stop.not_alone():
+        signal.raise_signal(number)
+    assert end.value.code == 128 + number  # no success, at which its launcher would let the others run
+
+
+def test_several_that_leave_together_end_as_they_say(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os._exit", lambda status: pytest.fail("left alone"))
+    with Stop().watching() as stop, stop.not_alone():
+        stop.defer()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            stop.check(ALONE)
+    assert stop.status == 0
 
 
 def test_the_handlers_before_come_back():

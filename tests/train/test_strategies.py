@@ -1,6 +1,7 @@
 """DeepSpeed's settings out of a recipe, sequences in parts, and what cannot be trained together."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from transformers.masking_utils import create_causal_mask
 
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
-from swiftkv_train.sequence_parallel import sequence_group, whole_mask
-from swiftkv_train.strategies import deepspeed_config, make_strategy
+from swiftkv_train.loading import compute_device
+from swiftkv_train.sequence_parallel import check_heads, sequence_group, whole_mask
+from swiftkv_train.strategies import _step_of, _step_tensor, deepspeed_config, make_strategy
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -82,6 +84,38 @@ def test_settings_go_with_zero(make_recipe):
         make_recipe(distributed__deepspeed_config="ds.json")
 
 
+def test_one_process_refuses_settings_that_it_would_not_use(make_recipe):
+    recipe = make_recipe(distributed__strategy="zero3", distributed__deepspeed_config="nonexistent.json")
+    with pytest.raises(UserError, match=r"nonexistent\.json is for several processes: start them with"):
+        make_strategy(recipe)
+
+
+@pytest.mark.parametrize(("settings", "forced"), [({}, False), ({"zero_force_ds_cpu_optimizer": True}, True)])
+def test_an_offloaded_optimizer_is_the_recipes_own_unless_the_user_says_so(make_recipe, tmp_path, settings, forced):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": None, **settings}))
+    config = deepspeed_config(make_recipe(distributed__strategy="zero2", distributed__deepspeed_config="ds.json"))
+    assert config["zero_force_ds_cpu_optimizer"] is forced
+    assert config["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize(("there", "taken"), [("cuda", "cuda"), ("mps", "cpu"), (None, "cpu")])
+def test_a_gpu_without_fp64_is_not_trained_on(monkeypatch, there, taken):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there and torch.device(there))
+    assert compute_device().type == taken
+
+
+def test_a_step_is_stored_alike_and_given_back_as_the_optimizer_keeps_it():
+    weights = [torch.zeros(1, requires_grad=True)]
+    for step in (7, torch.tensor(7.0)):
+        stored = _step_tensor(step)
+        assert stored.dtype == torch.float32
+        assert stored is not step
+        assert _step_of(torch.optim.AdamW(weights), stored) is stored
+        other = _step_of(torch.optim.SGD(weights), stored)  # stands for DeepSpeedCPUAdam, which counts in an int
+        assert (other, type(other)) == (7, int)
+
+
 @pytest.mark.parametrize(("variable", "launcher"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
 def test_the_launcher_may_not_contradict_the_recipe(make_recipe, monkeypatch, variable, launcher):
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
@@ -111,6 +145,14 @@ def test_what_cannot_be_parted(make_recipe):
         sequence_group(odd, pair)
     with pytest.raises(UserError, match=r"sequence_parallel 2 needs model\.attention sdpa, not eager"):
         sequence_group(make_recipe(distributed__sequence_parallel=2, model__attention="eager"), pair)
+
+
+@pytest.mark.parametrize(("heads", "says"), [((8, 2), "8 does not divide the model's 2 K/V heads"), ((8, 8), None)])
+def test_heads_that_cannot_be_shared_out(make_recipe, heads, says):
+    config = LlamaConfig(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    recipe = make_recipe(distributed__sequence_parallel=8)
+    with pytest.raises(UserError, match=says) if says else nullcontext():
+        check_heads(recipe, config)
 
 
 def test_the_mask_of_whole_sequences_is_transformers_own():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swiftkv_models import rewrite
+from swiftkv_models import PACKED_CAUSAL, rewrite
 from swiftkv_train.distill import DistillationModule
 from swiftkv_train.recipe import LoraSection, LossSection
 from swiftkv_train.student import (
@@ -14,6 +14,7 @@ from swiftkv_train.student import (
     merge_adapters,
     tail_parameters,
     trainable_parameters,
+    use_training_attention,
 )
 from tiny import random_ids, randomise_tail, tiny_llama
 
@@ -51,6 +52,14 @@ def test_checkpointed_layers_give_the_same_gradients(group):
     for name, gradient in gradients(model, checkpointed=True).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-14)
     assert not any(module.training for layer in model.model.layers for module in layer.modules() if module is not layer)
+
+
+@pytest.mark.parametrize(("device", "attention"), [(None, PACKED_CAUSAL), ("cpu", PACKED_CAUSAL), ("cuda", "sdpa")])
+def test_attention_is_that_of_the_device_which_the_model_will_run_on(device, attention):
+    model = student()
+    model.set_attn_implementation("sdpa")
+    use_training_attention(model, device and torch.device(device))
+    assert model.config._attn_implementation == attention
 
 
 def test_only_the_tails_layers_run_again():
