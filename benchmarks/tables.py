@@ -257,6 +257,7 @@ STUDY: dict[str, Callable[[], str]] = {
     "million": partial(variants, "quality/million.json"),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
+    "million_groups2": partial(variants, "quality/million_groups2.json"),
     "forms": partial(forms, "quality/layers.json"),
     "calibration": partial(forms, "quality/calibration.json"),
 }

@@ -21,6 +21,7 @@ the same way, says how much of a layer's K/V the shared state still holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from swiftkv_models.rope import rotate
-from swiftkv_train.errors import UserError
+from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.shared_projections import compensated_queries, shared_keys, shared_values
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class LayerFit:
     r2_values: float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON can hold it: keys or values that are all the same have no R^2."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 @dataclass
@@ -237,6 +239,18 @@ def ridge_solution(inputs: torch.Tensor, products: torch.Tensor, ridge: float, w
     penalty = torch.zeros_like(inputs[:, 0])
     penalty[:, :width] = ridge * inputs.diagonal(dim1=1, dim2=2)[:, :width].mean(1, keepdim=True)
     return torch.cholesky_solve(products, torch.linalg.cholesky(inputs + torch.diag_embed(penalty)))
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def not_finite(base: str) -> RunError:
+    """What a user is told where a base's activations are not."""
+    return RunError(
+        f"model {base}: its activations on the calibration's tokens are not finite (nan or infinity in its weights, "
+        "or an overflow in model.dtype)"
+    )
 
 
 def undetermined(tokens: int, ridge: float) -> UserError:

@@ -37,10 +37,15 @@ def write_checksums(directory: Path) -> None:
 
 
 def first_damage(directory: Path) -> str | None:
-    """What first differs from the SHA256SUMS of `directory`, in words; None when every file is as it was listed."""
+    """What first differs from the SHA256SUMS of `directory`, in words; None when every file is as it was listed.
+
+    Raises PermissionError where that cannot be seen.
+    """
     try:
         lines = (directory / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         found = _found(directory)
+    except PermissionError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         name = Path(getattr(error, "filename", None) or CHECKSUMS).name
         return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -37,7 +38,9 @@ def _example(command: str) -> str:
 
 
 def _print_json(result: Any) -> None:
-    print(json.dumps(result, indent=2))
+    from swiftkv_train.results import to_json
+
+    print(to_json(result, "--json"))
 
 
 @app.command(epilog=_example("swiftkv fetch smollm2-135m --to models/smollm2-135m"))
@@ -57,6 +60,8 @@ def fetch(
     from swiftkv_train.fetch import DATA_DIRECTORIES
     from swiftkv_train.fetch import fetch as run
 
+    if data is not None and source not in DATA_DIRECTORIES:
+        raise UserError(f"--data goes with {' and '.join(DATA_DIRECTORIES)}; no data comes with {source}")
     run(source, to, data_dir=data or DATA_DIRECTORIES.get(source), revision=revision, report=_say)
 
 
@@ -85,6 +90,8 @@ def plan(
         raise UserError(f"--device {device!r} is not known; use cuda or cpu")
     if gpu_memory is not None and device == "cpu":
         raise UserError("--gpu-memory goes with --device cuda")
+    if gpu_memory is not None and not math.isfinite(gpu_memory * 2**30):
+        raise UserError(f"--gpu-memory {gpu_memory:g} is no size; give the GiB of one GPU")
     from swiftkv_train.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides)
@@ -140,8 +147,10 @@ def calibrate(
         from swiftkv_train.recipe import load_recipe
 
         checked = load_recipe(recipe, overrides)
+        from swiftkv_train.plan.layers import check, write
+
+        check(layers)
         from swiftkv_train.layer_choice import predict
-        from swiftkv_train.plan.layers import write
         from swiftkv_train.plan.report import print_layers
 
         result = predict(checked)
@@ -213,7 +222,10 @@ def export(
         str, typer.Option(help="hf: stands alone with transformers; arctic: for ArcticInference.")
     ] = "hf",
 ) -> None:
-    """Write a run's last checkpoint as a model that needs nothing of this project, and check it in a clean process."""
+    """Write a run's last checkpoint as a model that needs nothing of this project, checked before it gets its name.
+
+    hf is loaded in a clean process, where its logits must be the run's; arctic's tensors are read back.
+    """
     if format not in ("hf", "arctic"):
         raise UserError(f"--format {format!r} is not known; use hf or arctic")
     from swiftkv_train.export import export as write
@@ -263,6 +275,8 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
 ) -> None:
     """Serve a checkpoint with an OpenAI-compatible API."""
+    if api_key is None:
+        api_key = os.environ.get("SWIFTKV_API_KEY")  # typer takes an empty one for none
     from swiftkv_train.serve import run_server
 
     run_server(checkpoint, host=host, port=port, api_key=api_key, served_model_name=model_name, max_queue=max_queue)
@@ -290,7 +304,18 @@ def chat(
     run(checkpoint, prompt=prompt, system=system, **options)
 
 
-OutputOption = Annotated[Optional[Path], typer.Option("--output", help="Also write the result to this JSON file.")]  # noqa: UP045
+def _check_output(context: typer.Context, output: Path | None) -> Path | None:
+    if output is not None:
+        from swiftkv_train.bench import check_output
+
+        check_output(str(context.info_name), output)
+    return output
+
+
+OutputOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--output", callback=_check_output, help="Also write the result to this JSON file."),
+]
 
 
 def _finish_bench(result: dict[str, Any], output: Path | None, as_json: bool, draw: Any = None) -> None:
@@ -568,6 +593,13 @@ def main(*prefix: str) -> None:
     except KeyboardInterrupt:
         _say("interrupted")
         raise SystemExit(130) from None
+    except (OSError, UnicodeError) as error:  # the last net, for what no command has put in words of its own
+        if isinstance(error, BrokenPipeError):  # whoever read our output has ended; Python would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        file = getattr(error, "filename", None)
+        reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+        _say(f"error: {reason if file is None else f'{file}: {reason}'}")
+        raise SystemExit(2 if isinstance(error, PermissionError) else 1) from None
     raise SystemExit(status)
 
 

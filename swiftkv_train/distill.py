@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from swiftkv_kernels import distillation_kl
 from swiftkv_models import LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import LayerFit, accumulate_moments, solve, undetermined
+from swiftkv_train.calibrate import LayerFit, accumulate_moments, all_finite, not_finite, solve, undetermined
 from swiftkv_train.checkpointing import Checkpointer, on_main
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.divergence import Divergence, save_failed_batch
@@ -29,7 +29,7 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.flops import device_peak, distillation_flops
 from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
-from swiftkv_train.quality import Quality, summarise, token_measures
+from swiftkv_train.quality import Quality, check_finite_quality, summarise, token_measures
 from swiftkv_train.quantized_base import quantize_base
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
 from swiftkv_train.run_state import RunLock, recorded_state
@@ -158,6 +158,8 @@ def calibrate(
     if ranks > 1:
         for tensor in moments.tensors():
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
+    if not all_finite(moments.tensors()):
+        raise not_finite(recipe.model.base)
     try:
         return solve(model, moments, recipe.calibration.ridge)
     except torch.linalg.LinAlgError:
@@ -381,6 +383,9 @@ class Distillation:
         if not self.held_out or not due or self.step in self.evaluated:
             return
         found = self.evaluate()
+        if self.step == 0:  # later a loss that is not finite stops the run, and nothing is lost by a figure
+            base = self.recipe.model.base
+            check_finite_quality(found, base, f"{base} in SwiftKV form")
         self.report.quality(self.step, found)
         self.evaluated.add(self.step)
         self.log({"step": self.step, "held_out": {name: quality.to_dict() for name, quality in found.items()}})

@@ -26,7 +26,7 @@ import torch
 
 from swiftkv_models.llama import uniform_groups
 from swiftkv_models.rope import rotate
-from swiftkv_train.calibrate import ridge_solution, undetermined
+from swiftkv_train.calibrate import all_finite, not_finite, ridge_solution, undetermined
 from swiftkv_train.data import load_training_data
 from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
 from swiftkv_train.plan.inference import cache_bytes_per_token, prefill_flops
@@ -179,6 +179,8 @@ def _run(
     with torch.no_grad():
         for part in torch.arange(len(states), device=states.device).split(LOGIT_ROWS):
             change = torch.softmax(torch.nn.functional.linear(states[part], head).float(), dim=-1)
+            if not all_finite([change]):
+                raise FloatingPointError("the base predicts nothing")
             drawn = torch.multinomial(change, 1, generator=generator)
             change.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=change.dtype))
             gradients[part] = change.to(head.dtype) @ head
@@ -355,7 +357,7 @@ def predictions(
             "prefill_ratio": prefill_flops(form, context) / prefill_flops(base, context),
             "cache_ratio": cache_bytes_per_token(form, 1) / cache_bytes_per_token(base, 1),
             "loss": loss,
-            "relative": loss / own if own else float("nan"),
+            "relative": loss / own if own else None,
         }
 
     uniform = []
@@ -386,7 +388,13 @@ def look(recipe: Recipe) -> tuple[LlamaSwiftKVForCausalLM, LayerSums]:
     sequences = max(1, recipe.calibration.tokens // length) + samples * rows
     batches = (data.batch_of(range(start, min(start + rows, sequences))) for start in range(0, sequences, rows))
     with training_attention(model), report.bar("look", total=sequences * length, unit="tokens") as advance:
-        return model, accumulate(model, batches, device, advance, samples)
+        try:
+            sums = accumulate(model, batches, device, advance, samples)
+        except FloatingPointError:
+            raise not_finite(recipe.model.base) from None
+    if not all_finite([*sums.inputs.values(), *sums.products.values()]):
+        raise not_finite(recipe.model.base)
+    return model, sums
 
 
 def predict(recipe: Recipe) -> dict[str, Any]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.generation_settings import check_settings, kept_settings, unused_settings
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +52,8 @@ def load_model(
     """The causal language model at `path` (directory or hub id), in eval mode.
 
     Raises:
-        UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen.
+        UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen
+            or with values that are no numbers, settings for generation that make no sense.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -56,40 +61,116 @@ def load_model(
     logging.disable_progress_bar()  # ours would stand between them
     tell_deepspeed_of_cpu()
     config = load_config(path, revision=revision, families=families)
-    check_weight_files(Path(path))
-    arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of odd tensors fills a screen; one line below says it
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype_of(dtype),
-            revision=revision,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the loading info, by name
-            trust_remote_code=False,
-            **arguments,
+    generation_settings(path, config.vocab_size, revision=revision)
+    tensors = check_weight_files(Path(path))
+    if tensors is not None and tensors < config.num_hidden_layers:  # which would take long to find out below
+        raise UserError(
+            f"model {path}: config.json says {config.num_hidden_layers} layers; there are {tensors} tensors"
         )
+    arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    try:
+        with _quiet():  # its report of odd tensors fills a screen; one line below says it
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype_of(dtype),
+                revision=revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the loading info, by name
+                trust_remote_code=False,
+                **arguments,
+            )
     except Exception as error:
         raise UserError(f"model {path} cannot be loaded: {one_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ()):
             raise UserError(f"model {path}: {len(problems)} {kind.replace('_', ' ')}, the first is {problems[0]}")
+    check_finite(model, path)
     return model.eval()
 
 
-def load_for_inference(path: str, **arguments: Any) -> Model:
-    """`load_model`'s, on the GPU if there is one, on a CPU optimised for it: for inference alone."""
+def load_for_inference(path: str, *, revision: str | None = None, **arguments: Any) -> Model:
+    """`load_model`'s, on the GPU if there is one, on a CPU optimised for it: for inference alone.
+
+    Of its settings for generation only those are left that answers are sampled with here.
+    """
     import torch
 
     from swiftkv_models import optimize_for_cpu
 
-    return optimize_for_cpu(load_model(path, **arguments).to("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(path, revision=revision, **arguments)
+    model.generation_config = kept_settings(model.generation_config)
+    if unused := unused_settings(generation_settings(path, model.config.vocab_size, revision=revision)):
+        print(f"note: of {path}'s generation_config.json is not used: {', '.join(unused)}", file=sys.stderr)
+    return optimize_for_cpu(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_finite(model: Model, path: str) -> None:
+    """Raises UserError, naming the tensor, when a weight is nan or infinite: such a model says nothing, or nonsense."""
+    import torch
+
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() and not tensor.is_meta:
+            extremes = torch.stack(torch.aminmax(tensor.detach()))  # which nan is passed on by; the fastest there is
+            if not extremes.isfinite().all():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"model {path}: {name} holds nan or infinity (as {kind}); fetch or export it again")
+
+
+def generation_settings(path: str, vocab_size: int, *, revision: str | None = None) -> dict[str, Any]:
+    """What the generation_config.json of the model at `path` says; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged, or holds a value that makes no sense.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    file: Path | None = Path(path) / "generation_config.json"
+    if not Path(path).is_dir():
+        try:
+            found = cached_file(path, "generation_config.json", revision=revision)
+        except OSError:  # it has none, or the hub is out of reach, which is said where the weights are asked for
+            found = None
+        file = Path(found) if found else None
+    if file is None or not os.path.lexists(file):
+        return {}
+    settings = read_json(file)
+    check_settings(settings, vocab_size, file)
+    try:
+        with _quiet():
+            GenerationConfig(**settings)
+    except Exception as error:  # which loading the model would end with, without naming the file
+        raise UserError(f"{file}: {one_line(error)}") from None
+    return settings
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A model's JSON file. Raises UserError, naming it, when it cannot be read or holds no mapping."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON: {one_line(error)}; fetch or export the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no keys; fetch or export the model again")
+    return content
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings, which would stand around our one line."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_config(
@@ -105,8 +186,11 @@ def load_config(
     import swiftkv_models  # noqa: F401  (registers its model types)
 
     _check_present(path)
+    if Path(path).is_dir():
+        read_json(Path(path) / "config.json")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        with _quiet():
+            config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"model {path}: config cannot be read: {one_line(error)}") from None
     if config.model_type not in families:
@@ -133,40 +217,59 @@ def pad_token_id(tokenizer: Tokenizer) -> int:
     return own if own is not None else tokenizer.eos_token_id or 0
 
 
-def check_weight_files(directory: Path) -> None:
-    """Open every safetensors file of a local directory, so that a truncated one is named (UserError)."""
+def check_weight_files(directory: Path) -> int | None:
+    """Open every safetensors file of a local directory: the number of tensors in them, None where it is no directory.
+
+    Raises:
+        UserError: a file is missing, cannot be read, or is damaged.
+    """
     if not directory.is_dir():
-        return
+        return None
     from safetensors import SafetensorError, safe_open
 
-    index = directory / "model.safetensors.index.json"
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise UserError(f"{index} is damaged; fetch or export the model again") from None
-    files = [directory / name for name in names] or sorted(directory.glob("*.safetensors"))
+    index, tensors = directory / "model.safetensors.index.json", 0
+    files = [directory / name for name in sorted(set(weight_map(index).values()))]
+    files = files or sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"model {directory} holds no safetensors weights; other formats are not read")
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
-                opened.keys()
+            with file.open("rb"), safe_open(file, framework="pt") as opened:
+                tensors += len(opened.keys())
         except FileNotFoundError:
             raise UserError(f"{file} is missing; fetch or export the model again") from None
-        except (SafetensorError, OSError) as error:
+        except PermissionError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file} is damaged ({one_line(error)}); fetch or export the model again") from None
+    return tensors
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside the safetensors index `index`; empty where there is no index. Raises UserError."""
+    if not os.path.lexists(index):
+        return {}
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index} is damaged, its weight_map names no files beside it; fetch or export the model again")
+    if outside := [name for name in named.values() if Path(name).name != name]:
+        raise UserError(f"{index} points outside its directory: {outside[0]}")
+    return named
 
 
 def _check_present(path: str) -> None:
     directory = Path(path)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"model {path} holds no config.json; it is not a model directory")
-    elif directory.exists():
-        raise UserError(f"model {path} is a file; give the directory that holds config.json and the weights")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or directory.parent.is_dir():
-        # What can only be a local path is not looked up on a hub, whose error would mislead.
-        raise UserError(f"model {path} does not exist; `swiftkv fetch` gets one")
+    try:
+        if directory.is_dir():
+            if not (directory / "config.json").is_file():
+                raise UserError(f"model {path} holds no config.json; it is not a model directory")
+        elif directory.exists():
+            raise UserError(f"model {path} is a file; give the directory that holds config.json and the weights")
+        elif path.startswith((".", "/", "~")) or path.count("/") != 1 or directory.parent.is_dir():
+            # What can only be a local path is not looked up on a hub, whose error would mislead.
+            raise UserError(f"model {path} does not exist; `swiftkv fetch` gets one")
+    except OSError as error:
+        raise UserError(f"model {path} cannot be read: {error.strerror}") from None
 
 
 def one_line(error: BaseException) -> str:

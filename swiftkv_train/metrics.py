@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class Metrics:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row. Raises OSError when the disk refuses; the row is then kept and written with the next."""
-        self._waiting.append(json.dumps(row) + "\n")
+        self._waiting.append(json.dumps(_finite(row), allow_nan=False) + "\n")
         self.flush()
 
     def flush(self) -> None:
@@ -45,11 +46,24 @@ class Metrics:
             return []
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError:
-            raise UserError(f"{self.path} is damaged; remove the lines that are not JSON") from None
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+                raise ValueError("a row is none of a run's")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{self.path} is damaged; remove the lines that are not JSON objects with a step") from None
+        return rows
 
     def trim(self, step: int) -> None:
         """Drop the rows after `step`, which a resumed run writes again, and one that was cut off."""
         if self.path.exists():
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step))
+            kept = [_finite(row) for row in self.rows() if row["step"] <= step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for nan and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

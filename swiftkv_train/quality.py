@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from swiftkv_train.errors import RunError
+
 TRAINED_ON, OTHER_KINDS, ALL = "all kinds trained on", "other kinds", "all together"
 
 
@@ -52,7 +54,26 @@ def token_measures(student_logits: torch.Tensor, base_logits: torch.Tensor, next
 def summarise(measures: torch.Tensor) -> Quality:
     """The means of `token_measures` rows [N, 4], N > 0."""
     kl, agreement, base_nll, student_nll = measures.double().mean(0).tolist()
-    return Quality(len(measures), kl, agreement, math.exp(base_nll), math.exp(student_nll))
+    return Quality(len(measures), kl, agreement, _perplexity(base_nll), _perplexity(student_nll))
+
+
+def _perplexity(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def check_finite_quality(found: Mapping[str, Quality], base: str, student: str) -> None:
+    """Raises RunError, which names the model and the text, where figures (by source) are not finite."""
+    for source, quality in found.items():
+        figures = ((base, quality.base_perplexity), (student, quality.student_perplexity), (student, quality.kl))
+        for model, figure in figures:
+            if not math.isfinite(figure):
+                raise RunError(
+                    f"model {model}: what it predicts on {source!r} is not finite (nan or infinity in its weights, or "
+                    "an overflow in its dtype); nothing can be measured with it"
+                )
 
 
 def pooled(parts: Sequence[Quality]) -> Quality:

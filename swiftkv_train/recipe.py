@@ -7,6 +7,7 @@ paths (`training.steps=200`). Paths inside a recipe are relative to the director
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -20,13 +21,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from swiftkv_train.errors import UserError
 
+INT, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which `2e-4` is a number (YAML 1.1, PyYAML's dialect, reads it as text) and no key may come twice."""
+    """YAML whose numbers are decimal, without dates, and in which no key may come twice.
+
+    YAML 1.1, PyYAML's dialect, reads 0100 as 64, 1:30 as 90, 2024-01-01 as a date, and 2e-4 as text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -35,19 +41,50 @@ class RecipeLoader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: Any) -> int:
+        return int(self.construct_scalar(node))
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+
+class RecipeDumper(yaml.SafeDumper):
+    """Puts into quotes the text that `RecipeLoader` would read as a number."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in (INT, FLOAT, TIMESTAMP)]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for tag, number in (
+    (INT, r"[-+]?\d[\d_]*"),
+    (FLOAT, r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"),
+    (FLOAT, r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"),
+):
+    for reader_or_writer in (RecipeLoader, RecipeDumper):
+        reader_or_writer.add_implicit_resolver(tag, re.compile(rf"^({number})$", re.ASCII), list("-+0123456789."))
+RecipeLoader.add_constructor(INT, RecipeLoader.construct_decimal)
+
+
+def _place(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path cannot hold the character NUL")
+    return os.path.expanduser(path)
 
 
 # A path, or a hub id; `~` is the user's home, which no shell puts in place inside a file.
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+Place = Annotated[str, AfterValidator(_place)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 1e30  # what tensors count with, and well within fp32
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_what_tensors_hold(cls, value: Any) -> Any:
+        largest = {int: LARGEST_INT, float: LARGEST_FLOAT}.get(type(value))
+        if largest is not None and abs(value) > largest:
+            raise ValueError(f"must be at most {largest:g}")
+        return value
 
 
 class ModelSection(Section):
@@ -290,7 +327,8 @@ class Recipe(Section):
     logging: LoggingSection = Field(default_factory=LoggingSection)  # type: ignore[arg-type]
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        content = self.model_dump(mode="json")
+        return yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -329,22 +367,32 @@ def _read(path: Path) -> str:
 def _content(text: str, origin: Path, extending: list[Path]) -> dict[str, Any]:
     """What a recipe says, together with those it extends; `extending`: the files that have led here."""
     try:
-        content = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {origin} is not YAML: {' '.join(str(error).split())}") from None
+        content = _from_yaml(text)
+    except ValueError as error:
+        raise UserError(f"recipe {origin} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {origin} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
     if "extends" not in content:
         return content
     extended = content.pop("extends")
-    if not isinstance(extended, str):
+    if not isinstance(extended, str) or "\0" in extended:
         raise UserError(f"recipe {origin}: extends must be the path of another recipe (found {extended!r})")
     path, extending = origin.parent / extended, [*extending, origin.resolve()]
     if path.resolve() in extending:
         raise UserError(f"recipe {origin}: extends leads back to {path}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"recipe {origin}: extends {extended}, but {path} is not a file")
     return _merged(_content(_read(path), path, extending), content)
+
+
+def _from_yaml(text: str) -> Any:
+    """Raises ValueError, in one line."""
+    try:
+        return yaml.load(text, Loader=RecipeLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # the latter: odd !!tags
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -363,23 +411,26 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = content
     for depth, name in enumerate(parents):
-        node = _list_item(node, name, key) if isinstance(node, list) else node.setdefault(name, {})
-        if not isinstance(node, dict | list):
+        place = _place_in(node, name, key)
+        # A copy, for an anchor may have put the same section in several places.
+        child = copy.copy(node[place]) if isinstance(node, list) else copy.copy(node.get(place, {}))
+        if not isinstance(child, dict | list):
             raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
+        node[place] = child
+        node = child
     try:
-        parsed = yaml.load(value, Loader=RecipeLoader)
-    except yaml.YAMLError:
+        node[_place_in(node, last, key)] = _from_yaml(value)
+    except ValueError:
         raise UserError(f"override {override!r}: the value is not YAML") from None
-    if isinstance(node, list):
-        node[node.index(_list_item(node, last, key))] = parsed
-    else:
-        node[last] = parsed
 
 
-def _list_item(items: list[Any], name: str, key: str) -> Any:
-    if not name.isdigit() or int(name) >= len(items):
-        raise UserError(f"override {key}: {name!r} must be a position from 0 to {len(items) - 1}")
-    return items[int(name)]
+def _place_in(node: Any, name: str, key: str) -> Any:
+    """The key of a section, or the position in a list."""
+    if isinstance(node, dict):
+        return name
+    if not name.isdecimal() or len(name) > 9 or int(name) >= len(node):
+        raise UserError(f"override {key}: {name!r} must be a position from 0 to {len(node) - 1}")
+    return int(name)
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -397,11 +448,16 @@ def _first_problem(error: ValidationError) -> str:
         return f"key {key!r} is missing"
     if problem["type"] == "model_type":
         section = _known_keys(Recipe, location)
-        return f"{key} must be a section with keys of its own ({', '.join(section)}), found {problem['input']!r}"
+        return f"{key} must be a section with keys of its own ({', '.join(section)}), found {_short(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
-    shown = f" (found {value!r})" if isinstance(value, str | int | float | bool | None | list) else ""
+    shown = f" (found {_short(value)})" if isinstance(value, str | int | float | bool | None | list) else ""
     return f"{key}: {message}{shown}" if key else message
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

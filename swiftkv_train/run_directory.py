@@ -8,6 +8,8 @@ whole; what was spoilt since is found by the checksums, and the checkpoint befor
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -116,22 +118,34 @@ class RunDirectory:
         file = self.path / name
         try:
             return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except (OSError, ValueError):
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError):
             raise UserError(f"{file} is damaged; remove it") from None
 
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints by their names, oldest first; whether they are whole still is not looked at."""
-        found = ((path, path.name.removeprefix("step-")) for path in self._checkpoints.glob("step-*"))
-        return sorted((Checkpoint(path, int(step)) for path, step in found if step.isdigit()), key=lambda c: c.step)
+        try:
+            names = os.listdir(self._checkpoints)
+        except FileNotFoundError:
+            return []
+        except OSError as error:  # not to be taken for a run that has none, which would begin again
+            raise UserError(f"{self._checkpoints} cannot be read: {error.strerror}") from None
+        found = ((name, re.fullmatch(r"step-(\d+)", name)) for name in names)
+        checkpoints = [Checkpoint(self._checkpoints / name, int(match[1])) for name, match in found if match]
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     def last_checkpoint(self, report: Callable[[str], None]) -> Checkpoint:
         """The newest checkpoint whose checksums are right; those passed over are told to `report`, a line each.
 
-        Raises UserError when there is none.
+        Raises UserError when there is none, or one may not be read.
         """
         found = self.checkpoints()
         for checkpoint in reversed(found):
-            damage = first_damage(checkpoint.path)
+            try:
+                damage = first_damage(checkpoint.path)
+            except PermissionError as error:  # not to be taken for damage, which a run that goes on removes
+                raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
             if damage is None:
                 return checkpoint
             report(f"damaged     {checkpoint.path}: {damage}; looking for the checkpoint before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.loading import one_line
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import load_recipe
 from swiftkv_train.run_state import RECIPE, STATE, is_locked
@@ -41,9 +44,13 @@ class RunSummary:
 
 
 def list_runs(directory: Path) -> list[RunSummary]:
-    """The runs in and below `directory`, by path. Raises UserError when there is no such directory."""
-    if not directory.is_dir():
+    """The runs in and below `directory`, by path. Raises UserError when that is none, or cannot be read."""
+    if not os.path.isdir(directory):
         raise UserError(f"{directory} is not a directory; `swiftkv distill` makes runs in training.output_dir")
+    try:
+        os.listdir(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
     return [summarise(path) for path in find_runs(directory)]
 
 
@@ -58,23 +65,28 @@ def find_runs(directory: Path) -> Iterator[Path]:
 
 
 def summarise(path: Path) -> RunSummary:
-    run = RunSummary(str(path), "unknown")
     try:
-        recorded = _read_state(path)
-        run.state = _state(path, recorded.get("state"))
-        run.error = recorded.get("error") if run.state == "failed" else None
-        recipe = load_recipe(path / RECIPE)
-        run.base, run.steps = recipe.model.base, recipe.training.steps
-        rows = Metrics(path / METRICS).rows()
+        return _summary(path)
     except UserError as error:
-        run.state, run.error = "damaged", str(error)
-        return run
+        problem = str(error)
+    except Exception as error:  # whatever files of an odd shape lead to: the other runs are to be seen
+        problem = f"its files are not as a run leaves them ({type(error).__name__}: {one_line(error)})"
+    return RunSummary(str(path), "damaged", error=problem)
+
+
+def _summary(path: Path) -> RunSummary:
+    recorded = _read_state(path)
+    run = RunSummary(str(path), _state(path, recorded.get("state")))
+    run.error = str(recorded["error"]) if run.state == "failed" and "error" in recorded else None
+    recipe = load_recipe(path / RECIPE)
+    run.base, run.steps = recipe.model.base, recipe.training.steps
+    rows = Metrics(path / METRICS).rows()
     run.checkpoint_step = max(_checkpoint_steps(path), default=None)
     run.step = max([run.checkpoint_step or 0, *(row["step"] for row in rows[-1:])])
-    run.loss = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
+    run.loss = next((_finite(row["loss"]) for row in reversed(rows) if "loss" in row), None)
     run.held_out_kl = next((_pooled_kl(row["held_out"]) for row in reversed(rows) if "held_out" in row), None)
-    run.when = recorded.get("ended") if run.state == recorded.get("state") else None
-    run.when = run.when or _last_change(path)
+    ended = recorded.get("ended") if run.state == recorded.get("state") else None
+    run.when = datetime.fromisoformat(ended).isoformat() if ended else _last_change(path)
     return run
 
 
@@ -85,24 +97,37 @@ def _state(path: Path, recorded: str | None) -> str:
         return "running"
     if recorded == "running":
         return "unknown" if locked is None else "crashed"
-    return recorded or "unknown"
+    return str(recorded or "unknown")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     file = path / STATE
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError):
+        state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(state, dict):
+            raise ValueError("no object")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise UserError(f"{file} is damaged; remove it") from None
+    return state
 
 
 def _checkpoint_steps(path: Path) -> list[int]:
-    found = (re.fullmatch(r"step-(\d+)", item.name) for item in (path / CHECKPOINTS).glob("step-*"))
+    folder = path / CHECKPOINTS
+    found = (re.fullmatch(r"step-(\d+)", name) for name in (os.listdir(folder) if folder.exists() else ()))
     return [int(match[1]) for match in found if match]
 
 
-def _pooled_kl(sources: dict[str, dict[str, Any]]) -> float:
-    return sum(row["kl"] * row["tokens"] for row in sources.values()) / sum(row["tokens"] for row in sources.values())
+def _finite(figure: Any) -> float | None:
+    return None if figure is None or not math.isfinite(figure) else float(figure)
+
+
+def _pooled_kl(sources: dict[str, dict[str, Any]]) -> float | None:
+    """None where a source's is not finite."""
+    figures = [(_finite(row["kl"]), row["tokens"]) for row in sources.values()]
+    known = [(kl, tokens) for kl, tokens in figures if kl is not None]
+    return sum(kl * n for kl, n in known) / sum(n for _, n in known) if len(known) == len(figures) else None
 
 
 def _last_change(path: Path) -> str:
@@ -127,9 +152,7 @@ def print_runs(runs: list[RunSummary], directory: Path) -> None:
         table.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "held-out KL")
     for run in runs:
         table.add_row(
-            run.path,
-            run.base or "",
-            run.state,
+            *(Text(_printable(text)) for text in (run.path, run.base or "", run.state)),
             "" if run.steps is None else f"{run.step}/{run.steps}",
             "" if run.loss is None else f"{run.loss:.4f}",
             "" if run.held_out_kl is None else f"{run.held_out_kl:.4f}",
@@ -138,4 +161,9 @@ def print_runs(runs: list[RunSummary], directory: Path) -> None:
     console.print(table)
     for run in runs:
         if run.error:
-            console.print(f"{run.path}: {run.error}", markup=False, soft_wrap=True)
+            console.print(_printable(f"{run.path}: {run.error}"), markup=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """In one line, names that are not UTF-8 too."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split("\n"))

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.results import check_target, plot_of, to_json, write_result
+
+DRAWN = ("decode", "kv-memory", "quality", "relay", "stream")  # what bench/plots.py has a picture of
+
+
+def check_output(benchmark: str, output: Path) -> None:
+    """Raises UserError unless --output may be written, and the plot beside it. `benchmark`: its name as a command."""
+
+    def is_own(held: Any) -> bool:
+        return isinstance(held, dict) and str(held.get("command")).split()[:3] == ["swiftkv", "bench", benchmark]
+
+    plots = [plot_of("--output", output)] if benchmark in DRAWN else []
+    check_target("--output", output, is_own, plots)
 
 
 def finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Print a result, and write it to `output` if there is one."""
-    text = json.dumps(result, indent=2)
+    text = to_json(result, result["command"])
     if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+        write_result("--output", output, result, result["command"])
     if as_json:
         print(text)
         return

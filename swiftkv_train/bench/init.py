@@ -9,7 +9,7 @@ from typing import Any
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
-from swiftkv_train.quality import by_kind
+from swiftkv_train.quality import by_kind, check_finite_quality
 from swiftkv_train.recipe import load_recipe
 
 
@@ -27,6 +27,8 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
             distillation = Distillation(settings)
             distillation.prepare()
             sources = distillation.evaluate()
+            base = settings.model.base
+            check_finite_quality(sources, base, f"{base} in SwiftKV form, {init}")
             sources |= by_kind(sources, {source.name for source in settings.data.train})
             found[init] = {name: quality.to_dict() for name, quality in sources.items()}
     rows = {

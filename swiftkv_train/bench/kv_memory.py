@@ -25,7 +25,7 @@ from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import cache_bytes_per_token
 from swiftkv_train.loading import Model, load_model, load_tokenizer
 from swiftkv_train.progress import Reporter
-from swiftkv_train.quality import summarise, token_measures
+from swiftkv_train.quality import Quality, check_finite_quality, summarise, token_measures
 from swiftkv_train.recipe import Source
 
 WINDOW, SINKS = 1020, 4
@@ -56,8 +56,10 @@ def measure(
     with Reporter().bar("quality", total, "texts") as advance:
         for source, ids in texts.items():
             for name, exact in models.items():
-                found = _quality(exact, ids.to(device), advance)
-                quality += [{"source": source, "model": name, **row} for row in found]
+                for storage, found in _quality(exact, ids.to(device), advance).items():
+                    path = str(scored[name][0])
+                    check_finite_quality({source: found}, path, f"{path} with K/V in {storage}")
+                    quality.append({"source": source, "model": name, **_row(storage, found)})
     options = "".join(f" --data {text}" for text in data or [])
     options = (f" --checkpoint {checkpoint}" if checkpoint else "") + options
     return {
@@ -131,7 +133,7 @@ def _rows_of_text(source: Source, base: str, model: Model, tokens: int, length: 
     return ids[: rows * length].view(rows, length)
 
 
-def _quality(model: Model, texts: torch.Tensor, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+def _quality(model: Model, texts: torch.Tensor, advance: Callable[[int], None]) -> dict[str, Quality]:
     measures: dict[str, list[torch.Tensor]] = {storage: [] for storage in QUANTIZATIONS}
     for ids in texts.split(1):
         plain, *quantised = (
@@ -141,21 +143,19 @@ def _quality(model: Model, texts: torch.Tensor, advance: Callable[[int], None]) 
         for found, logits in zip(measures.values(), quantised, strict=True):
             found.append(token_measures(logits, plain, ids[0, 1:]).cpu())
         advance(1)
-    rows = []
-    for storage, found in measures.items():
-        quality = summarise(torch.cat(found))
-        rows.append(
-            {
-                "quantization": storage,
-                "tokens": quality.tokens,
-                "kl": quality.kl,
-                "agreement": quality.agreement,
-                "perplexity": quality.base_perplexity,
-                "quantised_perplexity": quality.student_perplexity,
-                "perplexity_ratio": quality.perplexity_ratio,
-            }
-        )
-    return rows
+    return {storage: summarise(torch.cat(found)) for storage, found in measures.items()}
+
+
+def _row(storage: str, quality: Quality) -> dict[str, Any]:
+    return {
+        "quantization": storage,
+        "tokens": quality.tokens,
+        "kl": quality.kl,
+        "agreement": quality.agreement,
+        "perplexity": quality.base_perplexity,
+        "quantised_perplexity": quality.student_perplexity,
+        "perplexity_ratio": quality.perplexity_ratio,
+    }
 
 
 def _memory_line(row: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import environment
 from swiftkv_train.layer_choice import Predictor, look
-from swiftkv_train.quality import pooled
+from swiftkv_train.quality import check_finite_quality, pooled
 from swiftkv_train.recipe import load_recipe
 
 EXAMPLE = "15,15x2,22,15:1+2+3+9"
@@ -54,7 +54,9 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
             ]
             distillation = Distillation(load_recipe(recipe, [*(overrides or []), *changes]))
             distillation.prepare()
-            quality = pooled(list(distillation.evaluate().values()))
+            found = distillation.evaluate()
+            check_finite_quality(found, settings.model.base, f"{settings.model.base} in the form {text}")
+            quality = pooled(list(found.values()))
             distillation.strategy.close()
             rows.append(
                 {
@@ -81,14 +83,14 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
                 f"{row['agreement']:.1%}, perplexity ratio {row['perplexity_ratio']:.3f}"
                 for row in sorted(rows, key=lambda row: row["predicted"])
             ),
-            f"Spearman's rank correlation of prediction and KL: {agreement:.3f}",
+            *([] if agreement is None else [f"Spearman's rank correlation of prediction and KL: {agreement:.3f}"]),
         ],
     }
 
 
 def _check(text: str) -> None:
     numbers = text.replace("x", ":").replace("+", ":").split(":")
-    if not all(number.isdigit() and int(number) > 0 for number in numbers) or (
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers) or (
         "x" in text and (":" in text or len(numbers) != 2)
     ):
         raise UserError(f"--forms: {text!r} is no form; they look like {EXAMPLE}")
@@ -127,9 +129,9 @@ def _usual(predictor: Predictor, first: int, layers: int) -> dict[str, Form]:
     return found
 
 
-def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Spearman's, of values without ties. nan of fewer than two."""
+def rank_correlation(one: list[float], other: list[float]) -> float | None:
+    """Spearman's, of values without ties. None of fewer than two."""
     if len(one) < 2:
-        return math.nan
+        return None
     ranks = torch.tensor([one, other], dtype=torch.float64).argsort(dim=1).argsort(dim=1).double()
     return float(torch.corrcoef(ranks)[0, 1])

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from swiftkv_train.bench.shared_storage import PER_REQUEST, PLAIN
-from swiftkv_train.errors import UserError
 from swiftkv_train.quality import OTHER_KINDS, TRAINED_ON
+from swiftkv_train.results import save_plot
 
 COLOURS = {
     "ours": "#1f77b4",
@@ -31,13 +31,7 @@ def plot(result: dict[str, Any], draw: Callable[[dict[str, Any], Any], Any], out
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = draw(result, pyplot)
-    try:
-        figure.savefig(output.with_suffix(".png"), dpi=140)
-    except OSError as error:
-        raise UserError(f"plot {output.with_suffix('.png')} cannot be written: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
+    save_plot(draw(result, pyplot), output.with_suffix(".png"))
 
 
 def _panels(pyplot: Any, count: int, height: float = 3.6) -> tuple[Any, list[Any]]:

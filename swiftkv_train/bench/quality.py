@@ -121,6 +121,9 @@ def _variant(name: str, recipe: Recipe) -> tuple[dict[str, Any], Any]:
         raise RunError(f"{name} was stopped; the same command goes on from there")
     trained = {source.name for source in recipe.data.train}
     rows = run.metrics.rows()
+    for row in rows:
+        if any(None in figures.values() for figures in row.get("held_out", {}).values()):
+            raise RunError(f"{name}: held-out figures of step {row['step']} are not finite, see {run.metrics.path}")
     tokens = recipe.training.batch_size * recipe.data.sequence_length
     calibrated = recipe.rewrite.init == "calibrated"
     return {

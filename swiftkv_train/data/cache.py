@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swiftkv_train.data.files import cannot_write, sha256_of_file, temporary_beside
+from swiftkv_train.data.files import cannot_write, sha256_of_file
 from swiftkv_train.data.generate import generated_source
 from swiftkv_train.data.identity import identify
 from swiftkv_train.data.sources import SkippedRows, read_documents
 from swiftkv_train.data.tokenize import check_vocabulary, tokenize_documents, tokenizer_fingerprint
-from swiftkv_train.durable import sync
+from swiftkv_train.durable import sync, temporary_beside
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.recipe import ModelSection, Source
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 from swiftkv_train.checksum import sha256_of
-from swiftkv_train.durable import sync
+from swiftkv_train.durable import write_text
 from swiftkv_train.errors import RunError, UserError
 
 
@@ -21,19 +20,7 @@ def sha256_of_file(path: Path) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Give a file new content, whole or not at all, whoever else writes it at the same time. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name of its own for what becomes `path`. (What `tempfile` makes, others who share the cache cannot read.)"""
-    return path.with_name(f".{path.name[:16]}-{uuid.uuid4().hex}.tmp")
+    write_text(path, text)
 
 
 def cannot_write(cache_dir: Path, error: OSError) -> RunError:

@@ -12,6 +12,7 @@ import glob
 import gzip
 import json
 import logging
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,16 +63,19 @@ def resolve_files(source: Source) -> list[Path]:
         return []
     known = ", ".join(FORMATS)
     path = Path(source.path)
-    if path.is_file():
-        if _format_of(path) is None:
-            raise UserError(f"source {source.name!r}: {path} has an unknown format; known are {known}")
-        return [path]
-    if path.is_dir():
-        found = [item for item in path.rglob("*") if not _is_hidden(item.relative_to(path))]
-    else:
-        found = [Path(item) for item in glob.glob(str(path), recursive=True)]
-        if not found:
-            raise UserError(f"source {source.name!r}: {source.path} does not exist or matches no file")
+    try:
+        if path.is_file():
+            if _format_of(path) is None:
+                raise UserError(f"source {source.name!r}: {path} has an unknown format; known are {known}")
+            return [path]
+        if path.is_dir():
+            found = list(_files_below(path))
+        else:
+            found = [Path(item) for item in glob.glob(str(path), recursive=True)]
+    except OSError as error:
+        raise UserError(f"source {source.name!r}: {error.filename} cannot be read: {error.strerror}") from None
+    if not found and not path.is_dir():
+        raise UserError(f"source {source.name!r}: {source.path} does not exist or matches no file")
     files = sorted((item for item in found if item.is_file() and _format_of(item)), key=lambda item: item.parts)
     if not files:
         raise UserError(f"source {source.name!r}: {source.path} holds no file of a known format ({known})")
@@ -220,14 +224,27 @@ def _parquet_rows(source: Source, path: Path, skipped: SkippedRows) -> Iterator[
                 skipped.add(str(path), f"no usable column among {', '.join(file.schema_arrow.names)}")
                 return
             for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    yield f"{path}:row {number}", row
+                for row in _rows_of_batch(batch):
+                    if isinstance(row, ValueError):
+                        skipped.add(f"{path}:row {number}", " ".join(str(row).split()))
+                    else:
+                        yield f"{path}:row {number}", row
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable parquet file ({reason}); write or download it again") from None
     if number == 0:
         skipped.add(str(path), "the file has no rows")
+
+
+def _rows_of_batch(batch: Any) -> list[Any]:
+    """A ValueError in place of a row that Python cannot hold: text that is not UTF-8, a date beyond its dates."""
+    try:
+        return batch.to_pylist()
+    except ValueError as error:
+        if batch.num_rows == 1:
+            return [error]
+    return [row for number in range(batch.num_rows) for row in _rows_of_batch(batch.slice(number, 1))]
 
 
 def _wanted_columns(source: Source, present: list[str]) -> list[str]:
@@ -274,5 +291,12 @@ def format_and_packing(path: Path) -> tuple[str | None, str]:
     return FORMATS.get(path.suffix), ""
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files_below(directory: Path) -> Iterator[Path]:
+    """All but the hidden ones. Raises OSError for a directory that cannot be read: text is not left out unnoticed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, names, files in os.walk(directory, onerror=refuse):
+        names[:] = [name for name in names if not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))

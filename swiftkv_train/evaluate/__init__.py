@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from swiftkv_train.data import held_out_batches, tokenize_source
+from swiftkv_train.durable import write_text
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.evaluate.quality import source_quality
-from swiftkv_train.evaluate.report import write_report
+from swiftkv_train.evaluate.quality import first_difference, source_quality
+from swiftkv_train.evaluate.report import check_report, write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
 from swiftkv_train.export.card import replace_figures
 from swiftkv_train.loading import Model, Tokenizer, load_for_inference, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
-from swiftkv_train.quality import summarise
+from swiftkv_train.quality import check_finite_quality, summarise
 from swiftkv_train.recipe import Recipe, Source
 from swiftkv_train.student import training_attention
 
@@ -54,9 +55,11 @@ def evaluate(
 
     Raises:
         UserError: no such model, another base, no held-out data, a malformed gate, a report that cannot be written.
-        RunError: a gate is exceeded (the report is written all the same).
+        RunError: predictions that are no numbers, or a gate is exceeded (the report is written all the same).
     """
     limits = [_parse_gate(gate) for gate in gates or []]
+    directory = Path(report_dir)
+    check_report(directory)
     report = Reporter(enabled=not quiet)
     student_model = load_for_inference(checkpoint, families=("llama_swiftkv",))
     base_model = load_for_inference(base, families=("llama",), dtype=str(student_model.dtype).removeprefix("torch."))
@@ -67,15 +70,8 @@ def evaluate(
             f"vocabulary mismatch: {checkpoint} has {vocabularies[0]} tokens, {base} has {vocabularies[1]}; "
             "give the base that the checkpoint was made from"
         )
-    embeddings = [model.get_input_embeddings().weight for model in (student_model, base_model)]
-    if not torch.equal(embeddings[0], embeddings[1]):
-        raise UserError(f"{base} is not the model that {checkpoint} was made from: their embeddings differ")
-    directory = Path(report_dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"report {directory} cannot be written: {error.strerror}") from None
-
+    if odd := first_difference(student_model, base_model):
+        raise UserError(f"{base} is not the model that {checkpoint} was made from: {odd} differs; give that model")
     recipe = _recipe_of(checkpoint)
     recipes = (recipe.data.test or recipe.data.held_out) if recipe else []
     sources = [_parse_source(text) for text in data] if data else recipes
@@ -103,6 +99,7 @@ def evaluate(
             training_attention(student_model, base_model),
         ):
             quality = source_quality(student_model, base_model, batches, advance)
+        check_finite_quality({source.name: quality.overall}, base, checkpoint)
         figures[source.name] = {**quality.to_dict(), "kind_trained_on": source.name in trained_kinds}
         if source.name in trained_kinds:
             pooled.append(quality.measures)
@@ -130,8 +127,8 @@ def evaluate(
     card = Path(checkpoint) / "README.md"
     try:
         _update_card(card, result)
-    except OSError as error:
-        report.line(f"warning     the figures in {card} are not renewed: {error.strerror}")
+    except (OSError, UnicodeDecodeError) as error:
+        report.line(f"warning     the figures in {card} are not renewed: {getattr(error, 'strerror', error)}")
     for figure, limit in limits:
         _check_gate(result, figure, limit)
     return result
@@ -208,7 +205,9 @@ def _recipe_of(checkpoint: str) -> Recipe | None:
         return None
     try:
         return Recipe.model_validate_json(json.dumps(json.loads(file.read_text(encoding="utf-8"))["recipe"]))
-    except (ValueError, KeyError):
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file} is damaged; export the checkpoint again or give --data NAME=PATH") from None
 
 
@@ -251,4 +250,4 @@ def _update_card(card: Path, result: dict[str, Any]) -> None:
             (name, row["kl"], row["agreement"], row["base_perplexity"], row["student_perplexity"])
             for name, row in result["sources"].items()
         ]
-        card.write_text(replace_figures(card.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        write_text(card, replace_figures(card.read_text(encoding="utf-8"), rows))

@@ -14,6 +14,17 @@ from swiftkv_train.quality import Quality, summarise, token_measures
 
 ROWS = 256  # tokens whose logits [ROWS, vocabulary] exist at a time
 SMALLEST_BUCKET = 16
+UNCHANGED = (  # settings that shapes do not tell of
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+)
 
 
 @dataclass
@@ -29,12 +40,11 @@ class SourceQuality:
 
 @torch.no_grad()
 def source_quality(student: Model, base: Model, batches: list[Batch], advance: Callable[[int], None]) -> SourceQuality:
-    """Compare two models that share a vocabulary over the loss positions of `batches` (at least one)."""
-    hidden_states = _from_one_trunk if same_trunk(student, base) else _from_each
+    """Compare a model with the base it was made from over the loss positions of `batches` (at least one)."""
     measures, positions = [], []
     for batch in batches:
         batch = batch.to(student.device)
-        states = hidden_states(student, base, batch)
+        states = _last_hidden_states(student, base, batch)
         next_ids = batch.input_ids.roll(-1, dims=1)[batch.loss_mask]
         picked = [state[batch.loss_mask].split(ROWS) for state in states]
         for student_rows, base_rows, ids in zip(*picked, next_ids.split(ROWS), strict=True):
@@ -52,27 +62,25 @@ def source_quality(student: Model, base: Model, batches: list[Batch], advance: C
     return SourceQuality(summarise(rows), buckets, rows)
 
 
-def same_trunk(student: Model, base: Model) -> bool:
-    """Whether the layers that the student has in common with its base hold the same weights."""
-    pairs = zip(student.model.layers[: student.config.num_key_value_layers], base.model.layers, strict=False)
-    modules = [(student.model.embed_tokens, base.model.embed_tokens), *pairs]
-    return all(
-        torch.equal(mine, other)
-        for left, right in modules
-        for mine, other in zip(left.state_dict().values(), right.state_dict().values(), strict=True)
-    )
+def first_difference(student: Model, base: Model) -> str | None:
+    """What first differs of that which a rewrite leaves as it is in the base: a setting, or a tensor by name."""
+    for name in UNCHANGED:
+        if getattr(student.config, name) != getattr(base.config, name):
+            return name
+    modules = dict(student.named_modules())
+    for path, module in base.named_modules():
+        mine = modules.get(path)
+        if mine is None or any(module.children()):  # a projection that an export leaves out; leaves hold the tensors
+            continue
+        held = mine.state_dict()
+        for name, tensor in module.state_dict().items():
+            if not torch.equal(held[name], tensor):
+                return f"{path}.{name}"
+    return None
 
 
-def _from_each(student: Model, base: Model, batch: Batch) -> list[torch.Tensor]:
-    """Last hidden states [B, T, D] of both."""
-    return [
-        model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-        for model in (student, base)
-    ]
-
-
-def _from_one_trunk(student: Model, base: Model, batch: Batch) -> list[torch.Tensor]:
-    """The same, the layers in common run once."""
+def _last_hidden_states(student: Model, base: Model, batch: Batch) -> list[torch.Tensor]:
+    """Of both [B, T, D], the layers in common run once."""
     trunk = student.model.run_trunk(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     states = trunk.hidden_states
     for layer in base.model.layers[student.config.num_key_value_layers :]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from swiftkv_train.durable import write_text
+from swiftkv_train.results import check_target, save_plot, write_result
+
 BASE_COLOUR, STUDENT_COLOUR = "#7a7a7a", "#1f77b4"
+JSON, MARKDOWN = "report.json", "report.md"
+
+
+def check_report(directory: Path) -> None:
+    """Raises UserError unless `write_report` may write there."""
+
+    def is_own(held: Any) -> bool:
+        return isinstance(held, dict) and {"checkpoint", "base", "sources", "generations"} <= held.keys()
+
+    beside = [directory / name for name in (MARKDOWN, *PLOTS)]
+    check_target("--report", directory / JSON, is_own, beside)
 
 
 def write_report(report: dict[str, Any], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    plots = {"quality.png": plot_quality, "position.png": plot_by_position, "first_token.png": plot_first_token}
-    for name, plot in plots.items():
+    """Raises UserError or OSError when the disk refuses, RunError for a figure that is not finite."""
+    # First, for it says that the others are this command's.
+    write_result("--report", directory / JSON, report, f"{report['checkpoint']} against {report['base']}")
+    for name, plot in PLOTS.items():
         plot(report, directory / name)
-    (directory / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    write_text(directory / MARKDOWN, to_markdown(report))
 
 
 def quality_table(report: dict[str, Any]) -> str:
@@ -86,13 +99,6 @@ def _figure(width: float = 6.4, height: float = 3.4) -> Any:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
-
-
 def plot_quality(report: dict[str, Any], path: Path) -> None:
     figure, axes = _figure()
     names = list(report["sources"])
@@ -102,7 +108,7 @@ def plot_quality(report: dict[str, Any], path: Path) -> None:
     axes.bar_label(bars, fmt="%.3f")
     axes.set_ylabel("KL(base || SwiftKV), nats per token")
     axes.set_title("Distance from the base on held-out text")
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def plot_by_position(report: dict[str, Any], path: Path) -> None:
@@ -115,7 +121,7 @@ def plot_by_position(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("position in the document (start of the bucket)")
     axes.set_ylabel("KL, nats per token")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def plot_first_token(report: dict[str, Any], path: Path) -> None:
@@ -133,4 +139,7 @@ def plot_first_token(report: dict[str, Any], path: Path) -> None:
     axes.set_xticks(list(places), [f"{row['prompt_tokens']} tokens\n(x {row['ratio']:.2f})" for row in rows])
     axes.set_ylabel("time to first token, ms")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_plot(figure, path)
+
+
+PLOTS = {"quality.png": plot_quality, "position.png": plot_by_position, "first_token.png": plot_first_token}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from swiftkv_models import LlamaSwiftKVForCausalLM
-from swiftkv_train.durable import publish_directory
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export.bundle import bundle
 from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_in_clean_process, check_stored
-from swiftkv_train.loading import load_tokenizer, one_line
+from swiftkv_train.fetch.staging import staged
+from swiftkv_train.loading import load_tokenizer
 from swiftkv_train.origin import base_changes, listed
+from swiftkv_train.results import check_writable
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.student import build_model, load_trained, merge_adapters
 
@@ -37,14 +37,14 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     own q/k/v_proj and repeats a group leader's K/V in every member, and brings no code.
 
     Raises:
-        UserError: no run or checkpoint there, the base has changed since, `to` already exists, or the disk refuses to
-            take it.
-        RunError: what was written does not work by itself. In either case nothing is left under the final name.
+        UserError: no run or checkpoint there, the base has changed since, or `to` already exists or cannot be written.
+        RunError: the disk is full, or what was written does not work by itself. In either case nothing is left there.
     """
     run = RunDirectory.open(run_path)
     final = Path(to)
-    if final.exists():
+    if os.path.lexists(final):
         raise UserError(f"{final} already exists; choose another directory or remove it")
+    check_writable("--to", final)
     checkpoint = run.last_checkpoint(report)
     recipe = run.recipe()
     report(f"run         {run.path}, step {checkpoint.step} of {recipe.training.steps}")
@@ -61,30 +61,21 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
         "held_out": held_out_at(run, checkpoint.step),
     }
     exported = model if format == "arctic" else without_base_projections(model)
-    temporary = final.parent / f".{final.name}.partial"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with staged(final.absolute()) as stage:
         if format == "arctic":
-            _write_arctic(exported, temporary)
+            _write_arctic(exported, stage)
         else:
-            _write_hf(exported, temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(model_card(exported.config, provenance, format), encoding="utf-8")
+            _write_hf(exported, stage)
+        tokenizer.save_pretrained(stage)
+        (stage / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        (stage / "README.md").write_text(model_card(exported.config, provenance, format), encoding="utf-8")
         if format == "hf":
             report("check       loading the checkpoint by itself in a clean process")
-            difference = check_in_clean_process(temporary, exported)
+            difference = check_in_clean_process(stage, exported)
             report(f"check       logits agree (largest difference {difference:.1g} of their spread)")
         else:
-            check_stored(temporary, arctic_tensors(exported))
+            check_stored(stage, arctic_tensors(exported))
             report("check       the tensors read back are those of the run")
-        publish_directory(temporary, final)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{final} cannot be written: {one_line(error)}; nothing was left there") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
     report(f"exported    {final} ({size / 2**20:.0f} MiB)")
     return final

@@ -43,6 +43,7 @@ def model_card(config: LlamaSwiftKVConfig, provenance: dict[str, Any], format: s
     rows = [
         (name, quality["kl"], quality["agreement"], quality["base_perplexity"], quality["student_perplexity"])
         for name, quality in (provenance["held_out"] or {}).items()
+        if None not in quality.values()  # figures that were not finite
     ]
     if all(len(group) == 1 for group in groups):
         sharing = "every tail layer has a K/V of its own"

@@ -72,12 +72,14 @@ def fetch(
     What is already there and intact is left alone; data of an earlier version, unchanged, is replaced; anything else
     there is never overwritten (UserError). Both directories appear whole or not at all.
     """
-    target = Path(os.path.abspath(to.expanduser()))
+    target = Path(os.path.abspath(_expanded(to)))
     if revision is not None and not _is_hub_id(source):
         raise UserError(f"a revision goes with a hub id, and {source} is not one")
     if source in CATALOGUE or source == DEBUG:
         data, version = (DEBUG_DATA, DEBUG_VERSION) if source == DEBUG else (DEMO_DATA, DEMO_VERSION)
-        data_target = None if data_dir is None else Path(os.path.abspath(data_dir.expanduser()))
+        data_target = None if data_dir is None else Path(os.path.abspath(_expanded(data_dir)))
+        if data_target == target:
+            raise UserError(f"{to} cannot hold both the model and the data; name two directories")
         # Both places are looked at before anything is downloaded.
         have_data = data_target is None or already_there(data_target, data, version, EARLIER_VERSIONS[data])
         if source == DEBUG:
@@ -89,9 +91,9 @@ def fetch(
         elif data_target is not None:
             _make_data(data, version, data_target, report)
     elif source.endswith(".gguf"):
-        _fetch_gguf(Path(source).expanduser(), target, report)
-    elif Path(source).expanduser().is_dir():
-        _fetch_directory(Path(source).expanduser().resolve(), target, report)
+        _fetch_gguf(_expanded(source), target, report)
+    elif _expanded(source).is_dir():
+        _fetch_directory(_expanded(source).resolve(), target, report)
     elif _is_hub_id(source):
         _fetch_from_hub(source, revision, target, report)
     else:
@@ -102,8 +104,15 @@ def fetch(
     return to
 
 
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such user; name a directory") from None
+
+
 def _is_hub_id(source: str) -> bool:
-    if source in CATALOGUE or source == DEBUG or source.endswith(".gguf") or Path(source).expanduser().exists():
+    if source in CATALOGUE or source == DEBUG or source.endswith(".gguf") or _expanded(source).exists():
         return False
     return HUB_ID.fullmatch(source) is not None
 

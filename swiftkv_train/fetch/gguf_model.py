@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftkv_train.errors import UserError
 from swiftkv_train.fetch.gguf_tokenizer import save_tokenizer
 from swiftkv_train.fetch.local import check_model
+from swiftkv_train.loading import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 SHARD_SIZE = "4GB"
 ROPE_FREQUENCIES = "rope_freqs.weight"
+TOKEN_IDS = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "unknown", "padding")]
 # llama.cpp's name of a tensor -> transformers'; in a layer both follow its prefix
 OUTSIDE_LAYERS = {
     "token_embd": "model.embed_tokens",
@@ -58,14 +61,17 @@ def convert_gguf(path: Path, to: Path, dtype: str = "bfloat16") -> None:
     """
     reader = _open(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    config = llama_config(path, metadata, reader)
+    try:
+        config = llama_config(path, metadata, reader)
+    except (ValueError, TypeError, ArithmeticError) as error:  # LlamaConfig's
+        raise UserError(f"{path} describes no Llama model: {one_line(error)}") from None
     config.dtype = dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(to)
     _save_weights(path, reader, config, to, dtype)
     _generation_config(metadata).save_pretrained(to)
     save_tokenizer(path, metadata, to)
-    check_model(to)
+    check_model(to, origin=path)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -92,34 +98,44 @@ def llama_config(path: Path, metadata: dict[str, Any], reader: GGUFReader) -> Ll
         raise UserError(f"{path} is a mixture of experts; only dense Llama models can be converted")
     if metadata.get("llama.attention.sliding_window"):
         raise UserError(f"{path} has sliding-window attention, which LlamaForCausalLM does not compute")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{path} is one part of a split GGUF; merge the parts first (`llama-gguf-split --merge`)")
 
-    def number(key: str) -> Any:
-        value = metadata.get(f"llama.{key}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path}: llama.{key} is {value!r}; expected one number")
+    def number(key: str, kind: Any = int, default: Any = None) -> Any:
+        value = metadata.get(f"llama.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < math.inf:
+            raise UserError(f"{path}: llama.{key} is {value!r}; expected one {'' if kind is float else 'whole '}number")
         return value
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} holds no token_embd.weight: it is not a whole model")
     hidden, heads = number("embedding_length"), number("attention.head_count")
-    head_dim = metadata.get("llama.attention.key_length", hidden // heads)
+    head_dim = number("attention.key_length", default=hidden // heads)
+    kv_heads = number("attention.head_count_kv", default=heads)
+    if heads % kv_heads:
+        raise UserError(f"{path}: llama.attention.head_count_kv {kv_heads} does not divide the {heads} heads")
+    if (layers := number("block_count")) > len(tensors):
+        raise UserError(f"{path}: llama.block_count is {layers}; there are {len(tensors)} tensors")
+    vocabulary = int(tensors["token_embd.weight"].shape[-1])
+    for key in TOKEN_IDS:
+        token = metadata.get(key)
+        if token is not None and not (isinstance(token, int) and 0 <= token < vocabulary):
+            raise UserError(f"{path}: {key} is {token!r}; expected a token id, 0 to {vocabulary - 1}")
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(f"llama.{key}", head_dim) != head_dim:
             raise UserError(f"{path}: llama.{key} differs from the head size {head_dim}; LlamaForCausalLM has one size")
     return LlamaConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=number("feed_forward_length"),
-        num_hidden_layers=number("block_count"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=number("attention.head_count_kv") if "llama.attention.head_count_kv" in metadata else heads,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=number("context_length"),
-        rms_norm_eps=_shortest(number("attention.layer_norm_rms_epsilon")),
-        rope_parameters=_rope_parameters(path, metadata, head_dim, tensors.get(ROPE_FREQUENCIES)),
+        rms_norm_eps=_shortest(number("attention.layer_norm_rms_epsilon", float)),
+        rope_parameters=_rope_parameters(path, metadata, head_dim, tensors.get(ROPE_FREQUENCIES), number),
         tie_word_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
@@ -136,15 +152,17 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_parameters(path: Path, metadata: dict[str, Any], head_dim: int, frequencies: Any) -> dict[str, Any]:
-    theta = _shortest(metadata.get("llama.rope.freq_base", 10000.0))
+def _rope_parameters(
+    path: Path, metadata: dict[str, Any], head_dim: int, frequencies: Any, number: Callable[..., Any]
+) -> dict[str, Any]:
+    theta = _shortest(number("rope.freq_base", float, 10000.0))
     kind = metadata.get("llama.rope.scaling.type", "none")
     if frequencies is not None:
         return _llama3_parameters(path, theta, head_dim, frequencies.data)
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
-    if kind == "linear" and (factor := metadata.get("llama.rope.scaling.factor")):
-        return {"rope_type": "linear", "rope_theta": theta, "factor": _shortest(factor)}
+    if kind == "linear":
+        return {"rope_type": "linear", "rope_theta": theta, "factor": _shortest(number("rope.scaling.factor", float))}
     raise UserError(f"{path}: rope scaling {kind!r} is not known; known are none, linear and Llama-3's")
 
 
@@ -155,12 +173,15 @@ def _llama3_parameters(path: Path, theta: float, head_dim: int, divisors: np.nda
     """
     import numpy as np
 
+    unknown = UserError(f"{path}: {ROPE_FREQUENCIES} is not the frequency scaling of a released Llama 3")
+    if not 1 <= divisors.max() < math.inf:
+        raise unknown
     factor, low, high, original = round(float(divisors.max())), 1.0, 4.0, 8192
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise UserError(f"{path}: {ROPE_FREQUENCIES} is not the frequency scaling of a released Llama 3")
+        raise unknown
     if factor == 1:
         return {"rope_type": "default", "rope_theta": theta}
     return {
@@ -245,9 +266,13 @@ def dequantised(path: Path, tensor: Any, config: LlamaConfig) -> np.ndarray:
             f"{path}: {tensor.name} has quantisation {tensor.tensor_type.name}, which gguf cannot read"
         ) from None
     values = np.array(values, dtype=np.float32)  # a copy: the file is mapped read-only
-    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: {tensor.name} holds nan or infinity; the file is damaged")
+    heads: dict[str, Any] = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
     for part, count in heads.items():
-        if count and part in tensor.name:
+        if part in tensor.name:
+            if len(values) % (2 * count):
+                raise UserError(f"{path}: {tensor.name} has {len(values)} rows, which {count} heads do not share")
             pairs = values.reshape((count, -1, 2, *values.shape[1:]))
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
     return values

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.loading import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,19 +35,34 @@ PRE_TOKENIZERS = {
 def save_tokenizer(path: Path, metadata: dict[str, Any], to: Path) -> None:
     """Write the tokenizer of the GGUF file at `path`, chat template included, into the directory `to`.
 
-    Raises UserError for a kind of tokenizer or a pre-tokeniser that is not known.
+    Raises UserError for a kind of tokenizer or a pre-tokeniser that is not known, and for one that makes no sense.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model == "gpt2":
-        _byte_level(path, metadata).save_pretrained(to)
-    elif model == "llama":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer.model_max_length = metadata["llama.context_length"]
-        tokenizer.save_pretrained(to)
-    else:
+    if model not in ("gpt2", "llama"):
         raise UserError(f"{path}: tokenizer.ggml.model is {model!r}; known are 'gpt2' and 'llama'")
+    for key in ("tokens", "merges"):
+        named = metadata.get(f"tokenizer.ggml.{key}", [])
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise UserError(f"{path}: tokenizer.ggml.{key} is not a list of texts")
+    if not isinstance(metadata.get("tokenizer.chat_template", ""), str):
+        raise UserError(f"{path}: tokenizer.chat_template is not text")
+    try:
+        tokenizer = _tokenizer(path, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever occurs to them
+        raise UserError(f"{path}: its tokenizer (tokenizer.ggml.*) cannot be built: {one_line(error)}") from None
+    tokenizer.save_pretrained(to)
+
+
+def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
+    if metadata["tokenizer.ggml.model"] == "gpt2":
+        return _byte_level(path, metadata)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.model_max_length = metadata["llama.context_length"]
+    return tokenizer
 
 
 def _byte_level(path: Path, metadata: dict[str, Any]) -> Any:
@@ -85,7 +101,7 @@ def _byte_level(path: Path, metadata: dict[str, Any]) -> Any:
 def _backend(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     split = PRE_TOKENIZERS.get(pre)
     if split is None:
         raise UserError(f"{path}: pre-tokeniser {pre!r} (tokenizer.ggml.pre) is not one of {', '.join(PRE_TOKENIZERS)}")

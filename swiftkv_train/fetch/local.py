@@ -1,14 +1,15 @@
-"""Check a model directory: a known family, and every weight there with the right name and shape."""
+"""Check a model directory: a known family, every weight there with the right name and shape, a tokenizer that fits."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
+from swiftkv_train.loading import generation_settings, load_tokenizer, one_line, read_json, weight_map
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,12 +32,20 @@ COMPANIONS = (
 )
 
 
-def check_model(directory: Path) -> list[str]:
+def check_model(directory: Path, origin: Path | None = None) -> list[str]:
     """The names of the files that make up the model in `directory`, weights first.
 
     Every shard is opened, so a truncated one is found, and the tensors' names and shapes are compared with those of
-    the model that config.json describes. Raises UserError with the first thing that is wrong.
+    the model that config.json describes. The tokenizer is loaded. Raises UserError with the first thing that is wrong,
+    there or, where `directory` was made of it, in `origin`.
     """
+    try:
+        return _checked(directory)
+    except UserError as error:
+        raise UserError(str(error).replace(str(directory), str(origin or directory))) from None
+
+
+def _checked(directory: Path) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,8 +57,15 @@ def check_model(directory: Path) -> list[str]:
         if absent := sorted(set(listed or shapes) - shapes.keys()):
             raise UserError(f"{directory / filename} lacks {absent[0]}, which {INDEX} places in it")
         found |= shapes
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    if config.num_hidden_layers > len(found):  # which would take long to find out below
+        raise UserError(
+            f"{directory}: config.json says {config.num_hidden_layers} layers; there are {len(found)} weights"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # what torch makes of sizes that are none
+        raise UserError(f"{directory / 'config.json'} describes no model: {one_line(error)}") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     optional = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     if missing := sorted(expected.keys() - found.keys() - optional):
@@ -62,7 +78,14 @@ def check_model(directory: Path) -> list[str]:
     for name in sorted(expected.keys() & found.keys()):
         if expected[name] != found[name]:
             raise UserError(f"{directory}: {name} has shape {found[name]}, config.json says {expected[name]}")
-    companions = [name for name in COMPANIONS if (directory / name).is_file()]
+    companions = [name for name in COMPANIONS if os.path.lexists(directory / name)]
+    for name in companions:
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name} is not a file, or a link to nothing; put it in order, or remove it")
+    if not any(name in companions for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{directory} has no tokenizer.json; put the tokenizer's files beside the weights")
+    check_vocabulary(load_tokenizer(str(directory)), config.vocab_size, str(directory))
+    generation_settings(str(directory), config.vocab_size)
     return [*shards, *([INDEX] if (directory / INDEX).is_file() else []), *companions]
 
 
@@ -83,23 +106,14 @@ def copy_model(directory: Path, names: list[str], to: Path) -> None:
         shutil.copyfile(source, to / name)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
 def _config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     from swiftkv_models import FAMILIES
 
-    raw = _read_json(directory / "config.json")
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if str(model_type).endswith("_swiftkv"):
+    raw = read_json(directory / "config.json")
+    model_type = str(raw.get("model_type"))
+    if model_type.endswith("_swiftkv"):
         raise UserError(f"{directory} is already in SwiftKV form ({model_type}); fetch the base model it was made from")
     if model_type not in FAMILIES:
         raise UserError(f"{directory}: model_type is {model_type!r}; known families: {', '.join(FAMILIES)}")
@@ -108,20 +122,15 @@ def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # config classes raise their own types for a field that is out of range
-        raise UserError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[-1]}") from None
+        raise UserError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def _shards(directory: Path) -> dict[str, list[str]]:
     """Shard -> the tensors that the index places in it; one shard with no such list where there is no index."""
-    if (directory / INDEX).is_file():
-        weight_map = _read_json(directory / INDEX).get("weight_map", {})
-        shards: dict[str, list[str]] = {}
-        for name, filename in weight_map.items():
-            if Path(filename).name != filename:
-                raise UserError(f"{directory / INDEX} points outside its directory: {filename}")
-            shards.setdefault(filename, []).append(name)
-    else:
-        shards = {SINGLE: []}
+    shards: dict[str, list[str]] = {}
+    for name, filename in weight_map(directory / INDEX).items():
+        shards.setdefault(filename, []).append(name)
+    shards = shards or {SINGLE: []}
     for filename in shards:
         if not (directory / filename).is_file():
             raise UserError(f"{directory} has no {filename}; only safetensors weights are read")
@@ -132,7 +141,9 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short: {error}") from None

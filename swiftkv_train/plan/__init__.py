@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from swiftkv_models import LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
 from swiftkv_train.flops import causal_pairs, distillation_flops
-from swiftkv_train.loading import dtype_of, load_config
+from swiftkv_train.loading import dtype_of, load_config, one_line
 from swiftkv_train.plan.advice import first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
 from swiftkv_train.plan.memory import training_memory
@@ -111,7 +111,10 @@ def model_on_meta(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     if first == layers:
         raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype_of(recipe.model.dtype))
+        try:
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype_of(recipe.model.dtype))
+        except Exception as error:  # whatever the settings of a damaged config lead to
+            raise UserError(f"model {recipe.model.base}: no model follows from its config: {one_line(error)}") from None
         try:
             model = rewrite(base, **recipe.rewrite.form())
         except RewriteError as error:

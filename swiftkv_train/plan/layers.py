@@ -9,17 +9,19 @@ from typing import Any
 from rich.table import Table
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.results import check_target, plot_of, write_result
+
+
+def check(path: Path) -> None:
+    """Raises UserError unless `write` may write there."""
+    check_target("--layers", path, _is_prediction, [plot_of("--layers", path)])
 
 
 def write(result: dict[str, Any], path: Path) -> None:
     """As JSON, and a plot beside it."""
     from swiftkv_train.bench.plots import plot
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--layers {path} cannot be written: {error.strerror}") from None
+    write_result("--layers", path, result, f"model {result['base']}")
     plot(result, draw, path)
 
 
@@ -28,15 +30,27 @@ def read(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     how = "make it with `swiftkv calibrate RECIPE --layers FILE`"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        layers, base = result["num_hidden_layers"], result["base"]
-        _ = result["uniform"], result["grouped"]
     except FileNotFoundError:
         raise UserError(f"--layers {path} does not exist; {how}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--layers {path} is no prediction of layers; {how}") from None
+    except OSError as error:
+        raise UserError(f"--layers {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        result = None
+    if not _is_prediction(result):
+        raise UserError(f"--layers {path} is no prediction of layers; {how}")
+    layers, base = result["num_hidden_layers"], result["base"]
     if (layers, base) != (plan["num_hidden_layers"], plan["base"]):
         raise UserError(f"--layers {path} is of {base} with {layers} layers, not of the recipe's {plan['base']}; {how}")
     return result
+
+
+def _is_prediction(held: Any) -> bool:
+    """Whether it can be shown, as what `write` writes can."""
+    try:
+        tables(held)
+        return isinstance(held["base"], str)
+    except Exception:  # whatever an odd shape makes of it
+        return False
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -72,7 +86,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _loss(row: dict[str, Any]) -> str:
-    return f"{row['relative']:.2f}"
+    return "" if row["relative"] is None else f"{row['relative']:.2f}"
 
 
 def draw(result: dict[str, Any], pyplot: Any) -> Any:

@@ -8,6 +8,7 @@ Every answer that is not a success is {"error": {message, type, param, code}}. L
 import asyncio
 import hmac
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -58,9 +59,10 @@ def create_app(
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_output_tokens: int = DEFAULT_MAX_OUTPUT_TOKENS,
 ) -> FastAPI:
-    """The application; the caller owns and closes the engine. Raises UserError for an empty key and limits below 1."""
-    if api_key is not None and not api_key.strip():
-        raise UserError("the API key is empty; give one or none")
+    """The application; the caller owns and closes the engine. Raises UserError for a key that no client can send and
+    for limits below 1.
+    """
+    check_api_key(api_key)
     for name, limit in (("max_body_bytes", max_body_bytes), ("max_output_tokens", max_output_tokens)):
         if limit < 1:
             raise UserError(f"{name} is {limit}; it must be 1 or more")
@@ -130,14 +132,23 @@ def create_app(
     return app
 
 
+def check_api_key(api_key: str | None) -> None:
+    """Raises UserError for a key that no client can send."""
+    if api_key is not None and not api_key:
+        raise UserError("the API key is empty; give one, or none (then SWIFTKV_API_KEY must not be set either)")
+    if api_key is not None and any(character.isspace() or ord(character) < 32 for character in api_key):
+        raise UserError("the API key holds white space, which clients do not send as it is; give one without")
+
+
 def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
         if api_key is None:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Headers arrive as latin-1. compare_digest takes the same time wherever the first difference is.
-        right = hmac.compare_digest(given.strip().encode("latin-1"), api_key.encode())
-        if scheme.lower() != "bearer" or not right:
+        # Headers arrive as latin-1. As bytes, for those of neither side need be UTF-8.
+        scheme, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        # compare_digest takes the same time wherever the first difference is.
+        right = hmac.compare_digest(given.strip(), os.fsencode(api_key))
+        if scheme.lower() != b"bearer" or not right:
             raise ApiError(
                 401,
                 "Wrong or missing API key; send the header 'Authorization: Bearer KEY'",

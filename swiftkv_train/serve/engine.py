@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_for_inference, load_tokenizer
+from swiftkv_train.generation_settings import GREEDY_BELOW
+from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
     EngineStoppingError,
@@ -30,7 +32,6 @@ from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 
 logger = logging.getLogger(__name__)
 
-GREEDY_BELOW = 1e-5  # a smaller temperature is greedy; dividing logits by it would overflow
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -41,17 +42,22 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
     Raises UserError for anything that is wrong with the directory.
     """
     directory = Path(model_dir)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give the directory of an exported checkpoint")
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: has no config.json; give the directory of an exported checkpoint")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"{directory}: has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
+    try:
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; give the directory of an exported checkpoint")
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory}: has no config.json; give the directory of an exported checkpoint")
+        if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            raise UserError(f"{directory}: has no tokenizer.json; copy the base model's tokenizer files there")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory))
     if not tokenizer.chat_template:
         raise UserError(f"{directory}: its tokenizer has no chat template; add the base model's chat_template.jinja")
+    check_vocabulary(tokenizer, config.vocab_size, str(directory))
     return load_for_inference(str(directory), dtype=dtype), tokenizer
 
 

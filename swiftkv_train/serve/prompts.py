@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from swiftkv_train.loading import one_line
 from swiftkv_train.serve.api_error import ApiError
 from swiftkv_train.serve.contract import GenerationRequest, ModelInfo
 from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest, GenerationParameters
@@ -14,10 +13,14 @@ def chat_token_ids(tokenizer: Any, body: ChatCompletionRequest) -> list[int]:
     """The conversation in the model's chat template, open for the assistant's turn. Raises ApiError (400)."""
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except TemplateError as error:
+        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if not token_ids:
+            raise ValueError("it makes nothing of them")
+        return token_ids
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = one_line(error)
         raise ApiError(
-            400, f"The model's chat template refuses these messages: {error}", code="invalid_value", param="messages"
+            400, f"The model's chat template refuses these messages: {reason}", code="invalid_value", param="messages"
         ) from error
 
 

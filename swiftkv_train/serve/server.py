@@ -1,6 +1,7 @@
 """What `swiftkv serve DIRECTORY` runs: load the model, listen, and shut down cleanly."""
 
 import ipaddress
+import os
 import socket
 import sys
 import time
@@ -30,13 +31,14 @@ def run_server(
     `port` 0 takes a free one; None for a limit means its default. Raises UserError for a missing `serve` extra, a
     directory that is no checkpoint, limits that make no sense, and an address that cannot be listened on.
     """
-    from swiftkv_train.serve.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OUTPUT_TOKENS, create_app
+    from swiftkv_train.serve.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OUTPUT_TOKENS, check_api_key, create_app
     from swiftkv_train.serve.draining import DrainingServer
 
     if threads is not None and threads < 1:
         raise UserError(f"threads is {threads}; it must be 1 or more")
     if not 0 <= port <= 65535:
         raise UserError(f"port is {port}; it must be 0 (a free one) to 65535")
+    check_api_key(api_key)
     listener = _bound_socket(host, port)  # before the model loads: a port in use is found out at once
     try:
         import torch
@@ -47,6 +49,7 @@ def run_server(
         if threads is not None:
             torch.set_num_threads(threads)
         name = served_model_name or Path(model_dir).resolve().name
+        name = os.fsencode(name).decode("utf-8", "replace")  # what is not UTF-8 cannot be sent
         print(f"loading {model_dir} ...", flush=True)
         began = time.perf_counter()
         model, tokenizer = load_model_and_tokenizer(model_dir, dtype)
@@ -91,8 +94,8 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # the latter: what cannot be a host's name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {_address(host, port)}: {reason}; give another host or port") from error
     return listener
 

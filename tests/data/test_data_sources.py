@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -92,6 +94,21 @@ def test_parquet_json_and_gzipped_jsonl_hold_the_same_rows(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     for name in ("a.parquet", "a.json", "a.jsonl.gz"):
         assert [document.messages for document in read(tmp_path / name)] == [row["messages"] for row in rows]
+
+
+def test_a_row_of_parquet_that_is_not_utf8_is_skipped(tmp_path):
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, *(pyarrow.array([b"good", b"caf\xe9", b"better"]).buffers()[1:])]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    skipped = SkippedRows("s")
+    found = list(read_documents(Source(name="s", path=str(tmp_path / "a.parquet")), skipped))
+    assert [(document.location, document.text) for document in found] == [
+        (f"{tmp_path}/a.parquet:row 0", "good"),
+        (f"{tmp_path}/a.parquet:row 2", "better"),
+    ]
+    assert skipped.count == 1
+    assert skipped.first.startswith(f"{tmp_path}/a.parquet:row 1: 'utf-8' codec can't decode byte 0xe9")
 
 
 def turn(role: object, content: object) -> dict:
@@ -201,6 +218,25 @@ def test_missing_paths_and_empty_folders_and_chats_in_plain_text(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(UserError, match="is plain text, but `kind: chat` needs"):
         read(tmp_path / "a.txt", kind="chat")
+
+
+def test_a_folder_that_may_not_be_seen_is_not_left_out(tmp_path, monkeypatch):
+    for name in ("seen/a.txt", "unseen/b.txt", ".hidden/c.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("words")
+    assert len(read(tmp_path)) == 2
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name in ("unseen", ".hidden"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"source 's': .*/unseen cannot be read: Permission denied"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        read(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])

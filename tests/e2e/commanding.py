@@ -85,7 +85,7 @@ def _captured() -> Iterator[list[str]]:
         for number, file in zip((1, 2), files, strict=True):
             os.dup2(file.fileno(), number)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         try:
             yield texts
         finally:

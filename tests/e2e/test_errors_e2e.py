@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from commanding import run_process
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from debug_recipe import write_recipe
@@ -113,7 +114,10 @@ def test_a_checkpoint_for_a_base_and_the_reverse(project, distil, command):
 
 SPOILERS = {
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
-    "config cut short": (lambda d: (d / "config.json").write_text("{"), "config cannot be read"),
+    "config cut short": (
+        lambda d: (d / "config.json").write_text("{"),
+        "spoilt/config.json is damaged, it is not JSON",
+    ),
     "config without type": (lambda d: (d / "config.json").write_text("{}"), "config cannot be read"),
     "odd heads": (lambda d: change_config(d, num_attention_heads=5), "not a multiple of the number of attention heads"),
     "text for a number": (lambda d: change_config(d, num_attention_heads="four"), "'num_attention_heads'"),
@@ -245,12 +249,17 @@ def test_resuming_what_is_not_there_or_not_the_same(project, distil, workplace):
         (["RUN", "--to", "c", "--format", "gguf"], "--format 'gguf' is not known; use hf or arctic"),
         (["absent", "--to", "c"], "absent is not a run directory"),
         (["RUN", "--to", "models"], "models already exists; choose another directory or remove it"),
-        (["RUN", "--to", "recipe.yaml/c"], "recipe.yaml/c cannot be written"),
-        (["RUN", "--to", "/proc/c"], "/proc/c cannot be written"),
+        (["RUN", "--to", "recipe.yaml/c"], "--to recipe.yaml/c cannot be written: Not a directory"),
     ],
 )
 def test_exports_that_cannot_be(project, command, arguments, says):
     assert says in command("export", *(project.run if it == "RUN" else it for it in arguments)).error()
+
+
+def test_an_export_that_the_system_refuses(project, command):
+    result = command("export", project.run, "--to", "/proc/c")
+    assert result.status == 1
+    assert "error: could not write /proc/c: " in result.err.splitlines()[-1]
 
 
 def test_a_run_without_a_whole_checkpoint(project, workplace, command):
@@ -281,15 +290,25 @@ def test_a_file_size_limit_while_exporting_leaves_nothing(project, workplace):
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     result = run_process("export", project.run, "--to", workplace / "exports/c", cwd=project.root, preexec_fn=limit)
-    assert "exports/c cannot be written: " in result.error()
-    assert "nothing was left there" in result.error()
+    assert result.status == 1
+    assert "error: could not write " in result.err
+    assert "exports/c: " in result.err
+    assert result.err.endswith("nothing was left there\n")
     assert list((workplace / "exports").iterdir()) == []
+
+
+def test_a_directory_that_looks_like_a_half_made_export_is_the_users(project, workplace, command):
+    (workplace / ".c.partial").mkdir()
+    (workplace / ".c.partial/notes.txt").write_text("mine")
+    assert command("export", project.run, "--to", "c").status == 0
+    assert (workplace / ".c.partial/notes.txt").read_text() == "mine"
+    assert [path.name for path in workplace.iterdir() if path.name.startswith(".c.")] == [".c.partial"]
 
 
 def test_a_full_disk_while_exporting_leaves_nothing(project, small_disk):
     result = run_process("export", project.run, "--to", small_disk / "c", cwd=project.root)
-    assert "disk/c cannot be written: " in result.error()
-    assert "No space left" in result.error()
+    assert result.status == 1
+    assert "error: the disk is full; nothing was left at " in result.err
     assert list(small_disk.iterdir()) == []
 
 
@@ -306,6 +325,11 @@ def test_a_base_that_is_not_the_checkpoints(project, workplace, command):
     assert error.startswith("error: vocabulary mismatch: ")
     assert "other-300 has 300" in error
     assert "other-512 is not the model that " in command(*arguments, "other-512").error()
+    tuned = AutoModelForCausalLM.from_pretrained(project.base)
+    tuned.model.layers[5].mlp.up_proj.weight.data[0, 0] += 0.01
+    tuned.save_pretrained(workplace / "tuned")
+    error = command(*arguments, "tuned").error()
+    assert error.endswith("was made from: model.layers.5.mlp.up_proj.weight differs; give that model")
     assert not (workplace / "r").exists()
 
 
@@ -319,7 +343,7 @@ def test_a_base_that_is_not_the_checkpoints(project, workplace, command):
         (["--data", "prose"], "--data 'prose' must look like NAME=PATH"),
         (["--data", "a=absent.jsonl"], "source 'a': absent.jsonl does not exist"),
         (["--data", "a=x", "--data", "a=y"], "--data names 'a' twice"),
-        (["--report", "recipe.yaml"], "report recipe.yaml cannot be written"),
+        (["--report", "recipe.yaml"], "--report recipe.yaml/report.json cannot be written: Not a directory"),
         (["--tokens", "0"], "Invalid value for '--tokens'"),
     ],
 )
@@ -330,13 +354,34 @@ def test_evaluations_that_cannot_be(project, command, options, says):
 def test_spoilt_checkpoints(project, workplace, command):
     spoilt = shutil.copytree(project.checkpoint, workplace / "spoilt")
     evaluate = ["evaluate", "spoilt", "--base", project.base, "--report", "r"]
-    (spoilt / "swiftkv.json").write_text("{")
-    assert "spoilt/swiftkv.json is damaged" in command(*evaluate).error()
+    for content in ("{", "[]", '{"recipe": 3}', "[" * 5000):
+        (spoilt / "swiftkv.json").write_text(content)
+        assert "spoilt/swiftkv.json is damaged" in command(*evaluate).error()
     (spoilt / "swiftkv.json").unlink()
     assert "spoilt names no held-out data; give --data NAME=PATH" in command(*evaluate).error()
     os.truncate(spoilt / "model.safetensors", 100_000)
     for arguments in (evaluate, ["chat", "spoilt", "--prompt", "x"], ["serve", "spoilt", "--port", "0"]):
         assert "spoilt" in command(*arguments).error()
+
+
+def test_predictions_that_are_not_finite(project, workplace, command):
+    for name, place in (("base", project.base), ("made", project.checkpoint)):
+        weights = load_file(shutil.copytree(place, workplace / name) / "model.safetensors")
+        weights["model.norm.weight"] *= 1e38
+        save_file(weights, workplace / name / "model.safetensors", metadata={"format": "pt"})
+    result = command("evaluate", "made", "--base", "base", "--report", "r", "--tokens", "64")
+    assert result.status == 1
+    assert result.err.splitlines()[-1].startswith("error: model base: what it predicts on 'prose' is not finite")
+    assert not (workplace / "r").exists()
+
+
+def test_a_card_that_is_not_utf8_is_left_as_it_is(project, workplace, command):
+    card = shutil.copytree(project.checkpoint, workplace / "made") / "README.md"
+    card.write_bytes(b"caf\xe9")
+    result = command("evaluate", "made", "--base", project.base, "--report", "r", "--tokens", "64")
+    assert result.status == 0
+    assert "warning     the figures in made/README.md are not renewed: 'utf-8' codec can't decode" in result.err
+    assert card.read_bytes() == b"caf\xe9"
 
 
 def test_chats_that_cannot_be(model_copy, command):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from gguf import RopeScalingType
+from gguf import GGUFValueType, RopeScalingType
 from tiny_gguf import tiny_llama, write_gguf
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -153,6 +153,64 @@ def test_what_cannot_be_expressed_is_refused(tmp_path, options, message):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama(), **options)
     with pytest.raises(UserError, match=message):
         converted(path, tmp_path / "out")
+
+
+def other(key, value, kind, of=None):
+    """Metadata with another value for `key`; None: without it."""
+
+    def add(writer):
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            writer.add_key_value(key, value, getattr(GGUFValueType, kind), sub_type=of and getattr(GGUFValueType, of))
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "message"),
+    [
+        ("llama.attention.head_count", 0, "UINT32", "is 0; expected one whole number"),
+        ("llama.attention.head_count_kv", 0, "UINT32", "is 0; expected one whole number"),
+        ("llama.attention.head_count_kv", 3, "UINT32", "3 does not divide the 4 heads"),
+        ("llama.attention.head_count_kv", 4, "UINT32", r"k_proj\.weight has shape"),
+        ("llama.block_count", 1.5, "FLOAT32", "is 1.5; expected one whole number"),
+        ("llama.block_count", 10**6, "UINT32", "is 1000000; there are 20 tensors"),
+        ("llama.context_length", 0, "UINT32", "is 0; expected one whole number"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "FLOAT32", "is nan; expected one number"),
+        ("llama.rope.freq_base", "x", "STRING", "is 'x'; expected one number"),
+        ("llama.rope.scaling.type", "linear", "STRING", r"rope\.scaling\.factor is None; expected one number"),
+        ("split.count", "x", "STRING", "split GGUF"),
+        ("tokenizer.ggml.eos_token_id", 99999, "UINT32", "is 99999; expected a token id, 0 to 268"),
+        ("tokenizer.ggml.bos_token_id", "x", "STRING", "is 'x'; expected a token id"),
+        ("tokenizer.ggml.tokens", None, "ARRAY", r"cannot be built: 'tokenizer\.ggml\.tokens'"),
+        ("tokenizer.ggml.tokens", 5, "UINT32", "is not a list of texts"),
+        ("tokenizer.ggml.tokens", [1, 2], "ARRAY INT32", "is not a list of texts"),
+        ("tokenizer.ggml.tokens", ["a", "b"], "ARRAY STRING", r"tokenizer \(.*\) cannot be built"),
+        ("tokenizer.ggml.merges", ["a b c"], "ARRAY STRING", r"tokenizer \(.*\) cannot be built"),
+        ("tokenizer.ggml.token_type", [1, 2], "ARRAY INT32", r"tokenizer \(.*\) cannot be built"),
+        ("tokenizer.ggml.pre", ["a"], "ARRAY STRING", "is not one of smollm"),
+        ("tokenizer.chat_template", 5, "UINT32", "is not text"),
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused_in_one_line(tmp_path, key, value, kind, message):
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), add=other(key, value, *kind.split()))
+    with pytest.raises(UserError, match=message) as caught:
+        converted(path, tmp_path / "out")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "out") not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    original = tiny_llama()
+    original.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    path = write_gguf(tmp_path / "m.gguf", original)
+    with pytest.raises(UserError, match=r"m\.gguf: blk\.1\.ffn_up\.weight holds nan or infinity"):
+        converted(path, tmp_path / "out")
+    divisors = np.full(8, np.nan, np.float32)
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={"rope_freqs.weight": divisors})
+    with pytest.raises(UserError, match=r"rope_freqs\.weight is not the frequency scaling"):
+        converted(path, tmp_path / "again")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import httpx
 import huggingface_hub
@@ -116,6 +117,28 @@ def edit_config(**changes):
     return edit
 
 
+def write(name, text):
+    return lambda model: (model / name).write_text(text)
+
+
+def drop_tokenizer(model):
+    (model / "tokenizer.json").unlink()
+
+
+def more_tokens(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(model)
+
+
+def broken_link(name):
+    def edit(model):
+        (model / name).unlink()
+        (model / name).symlink_to("nowhere")
+
+    return edit
+
+
 def cut_weights(model):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
@@ -170,8 +193,14 @@ def edit_weights(change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_config, r"cannot read .*config\.json"),
+        (drop_config, r"config\.json cannot be read"),
         (break_config, r"config\.json is not JSON"),
+        (write("config.json", "[]"), r"config\.json holds no keys"),
+        (write("config.json", "[" * 5000), r"config\.json is not JSON"),
+        (edit_config(model_type=["llama"]), r"model_type is .*llama.*; known families"),
+        (edit_config(num_hidden_layers=10**9), "says 1000000000 layers; there are 20 weights"),
+        (edit_config(hidden_size=-64), r"config\.json describes no model: .*-64"),
+        (edit_config(num_key_value_heads=0), r"config\.json describes no model"),
         (edit_config(model_type="gpt2"), "model_type is 'gpt2'"),
         (edit_config(model_type="llama_swiftkv"), "already in SwiftKV form"),
         (edit_config(quantization_config={"quant_method": "gptq"}), "quantised"),
@@ -186,6 +215,18 @@ def edit_weights(change):
         (cut_shard, "model-00002-of-00002.safetensors is damaged"),
         (misplace_tensor, "lacks model.norm.weight"),
         (escape, "points outside"),
+        (write("model.safetensors.index.json", "[]"), r"index\.json holds no keys"),
+        (write("model.safetensors.index.json", '{"weight_map": []}'), r"index\.json is damaged, its weight_map"),
+        (write("model.safetensors.index.json", '{"weight_map": {"a": 1}}'), r"index\.json is damaged, its weight_map"),
+        (write("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}'), r"index\.json is damaged"),
+        (drop_tokenizer, r"has no tokenizer\.json; put the tokenizer's files beside"),
+        (write("tokenizer.json", "{"), "model: tokenizer cannot be read"),
+        (write("tokenizer_config.json", "[]"), "model: tokenizer cannot be read"),
+        (more_tokens, r"vocabulary mismatch in .*model: the tokenizer has 270 tokens, the model only 269"),
+        (broken_link("tokenizer.json"), r"tokenizer\.json is not a file, or a link to nothing"),
+        (broken_link("chat_template.jinja"), r"chat_template\.jinja is not a file, or a link to nothing"),
+        (write("generation_config.json", "{"), r"generation_config\.json is not JSON"),
+        (write("generation_config.json", '{"top_p": 2}'), r"generation_config\.json: top_p is 2"),
         (edit_weights(lambda weights: weights.pop("model.norm.weight")), r"lacks 1 weights.*model\.norm\.weight"),
         (edit_weights(lambda weights: weights.update(stray=torch.zeros(1))), "does not have, among them stray"),
     ],
@@ -311,6 +352,18 @@ def test_an_unknown_source_is_refused(tmp_path, source):
 def test_a_missing_gguf_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         fetch("some/where.gguf", tmp_path / "out", report=quiet)
+
+
+def test_a_home_that_does_not_exist_is_refused(model, tmp_path):
+    for arguments in (("~nosuchuser/m", tmp_path / "out"), (str(model), Path("~nosuchuser/out"))):
+        with pytest.raises(UserError, match="~nosuchuser/[a-z]*: there is no such user"):
+            fetch(*arguments, report=quiet)
+
+
+def test_model_and_data_need_a_directory_each(tmp_path):
+    with pytest.raises(UserError, match="cannot hold both the model and the data"):
+        fetch("debug", tmp_path / "out", data_dir=tmp_path / "out", report=quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_revision_needs_a_hub_id(model, tmp_path):

@@ -288,13 +288,13 @@ def test_kv_memory(result_of):
 
 @torch.no_grad()
 def test_quality_of_a_storage_format_is_what_decoding_with_it_has(model, random_ids):
-    (int8, _) = kv_memory._quality(model, random_ids, lambda texts: None)
+    int8 = kv_memory._quality(model, random_ids, lambda texts: None)["int8"]
     cache = SinkWindowCache(model.config, window=60, attention_sinks=4, quantization="int8")
     steps = [model(part, past_key_values=cache, use_cache=True).logits for part in random_ids.split(1, dim=1)]
     quantised = torch.cat(steps, dim=1)[0, :-1].double().log_softmax(-1)
     plain = model(random_ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
     kl = (plain.exp() * (plain - quantised)).sum(-1).mean()
-    assert int8["kl"] == pytest.approx(float(kl), rel=0.02)  # of a KL of 1e-4, in fp32 and by other kernels
+    assert int8.kl == pytest.approx(float(kl), rel=0.02)  # of a KL of 1e-4, in fp32 and by other kernels
 
 
 @pytest.mark.parametrize(

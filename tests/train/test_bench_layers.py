@@ -27,6 +27,7 @@ def test_ranks():
     assert rank_correlation([0.1, 5.0, 0.3], [1.0, 3.0, 2.0]) == pytest.approx(1.0)
     assert rank_correlation([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]) == pytest.approx(-1.0)
     assert rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0]) == pytest.approx(0.8)
+    assert rank_correlation([1.0], [2.0]) is None
     assert _form("4:2+3", 9) == (4, [[4, 5], [6, 7, 8]])
 
 
@@ -36,6 +37,7 @@ def test_ranks():
         ("3y2", "--forms: '3y2' is no form; they look like 15,15x2,22,15:1+2+3+9"),
         ("3,", "--forms: '' is no form"),
         ("3x0", "--forms: '3x0' is no form"),
+        ("3x²", "--forms: '3x²' is no form"),
         ("3x1+2", "--forms: '3x1+2' is no form"),
         ("6", "--forms 6: l must be between 1 and 5"),
         ("3:1+1", "--forms 3:1+1: the sizes must add up to the 3 layers from 3 on"),

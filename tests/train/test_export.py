@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from swiftkv_models import rewrite
 from swiftkv_train.errors import RunError
 from swiftkv_train.export import arctic_tensors, held_out_at
+from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_stored
 from swiftkv_train.run_directory import RunDirectory
 from tiny import randomise_tail, tiny_llama
@@ -18,6 +19,15 @@ def test_held_out_figures_are_those_of_the_step_that_is_exported(tmp_path):
         run.metrics.append(row)
     assert held_out_at(run, 20) == {"a": 2}
     assert held_out_at(run, 26) is None
+
+
+def test_held_out_figures_that_are_no_numbers_are_not_on_the_card():
+    config = rewrite(tiny_llama(), num_key_value_layers=2).config
+    figures = {"kl": 0.125, "agreement": 0.5, "base_perplexity": 10.0, "student_perplexity": 11.0}
+    held_out = {"prose": figures, "chats": {**figures, "kl": None}}
+    card = model_card(config, {"base": "models/x", "step": 3, "held_out": held_out}, "hf")
+    assert "| prose | 0.125 |" in card
+    assert "chats" not in card
 
 
 @pytest.mark.parametrize("damage", ["value", "missing", "odd"])

@@ -3,18 +3,21 @@
 import copy
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from packed import packed_batch
+from transformers import AutoModelForCausalLM
 
 from swiftkv_models import rewrite
 from swiftkv_train import layer_choice
 from swiftkv_train.calibrate import accumulate_moments, solve
 from swiftkv_train.cli import main
 from swiftkv_train.layer_choice import Predictor, accumulate, candidate_layers, predictions, sum_bytes
+from swiftkv_train.plan import layers
 from swiftkv_train.shared_projections import complex_halves, real_halves
 from tiny import tiny_llama
 
@@ -261,6 +264,12 @@ def test_the_command_writes_what_plan_shows(swiftkv):
     assert json.loads(planned)["layers"] == result
 
 
+EMPTY = {
+    **{"base": "models/debug", "num_hidden_layers": 6, "num_key_value_layers": 3, "context": 64},
+    **{"uniform": [], "grouped": []},
+}
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -268,9 +277,14 @@ def test_the_command_writes_what_plan_shows(swiftkv):
         ("{", "--layers layers.json is no prediction of layers"),
         ("[]", "--layers layers.json is no prediction of layers"),
         (
-            json.dumps({"num_hidden_layers": 30, "base": "models/debug", "uniform": [], "grouped": []}),
+            json.dumps({**EMPTY, "num_hidden_layers": 30}),
             "--layers layers.json is of models/debug with 30 layers, not of the recipe's models/debug",
         ),
+        *(
+            (json.dumps({**EMPTY, key: odd}), "--layers layers.json is no prediction of layers")
+            for key, odd in (("uniform", 3), ("uniform", [{}]), ("grouped", [[]]), ("context", "x"), ("base", 3))
+        ),
+        ("[" * 5000, "--layers layers.json is no prediction of layers"),
     ],
 )
 def test_a_file_that_is_none_is_refused(swiftkv, content, says):
@@ -280,6 +294,40 @@ def test_a_file_that_is_none_is_refused(swiftkv, content, says):
     assert (status, out) == (2, "")
     assert says in err
     assert len(err.splitlines()) == 1
+
+
+def test_losses_that_are_relative_to_nothing_can_be_written_and_shown(tmp_path):
+    row = {"num_key_value_layers": 3, "prefill_ratio": 0.5, "cache_ratio": 0.5, "loss": 0.1, "relative": None}
+    result = {
+        **EMPTY,
+        "uniform": [{**row, "key_value_group_size": 1}],
+        "grouped": [{**row, "key_value_groups": [[3], [4, 5]]}],
+    }
+    layers.write(result, tmp_path / "layers.json")
+    assert layers.read(tmp_path / "layers.json", EMPTY) == result
+    layers.check(tmp_path / "layers.json")  # it may be replaced
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate", "recipe.yaml"],
+        ["calibrate", "recipe.yaml", "--layers", "layers.json"],
+        ["bench", "init", "recipe.yaml", "--output", "init.json"],
+        ["bench", "layers", "recipe.yaml", "--forms", "3"],
+    ],
+)
+def test_a_base_that_overflows_is_named(swiftkv, command):
+    model = AutoModelForCausalLM.from_pretrained("models/debug")
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e38
+    shutil.copytree("models/debug", "huge")
+    model.save_pretrained("huge")
+    status, _, err = swiftkv(*command, "model.base=huge")
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: model huge: ")
+    assert "not finite" in err.splitlines()[-1]
+    assert not Path("layers.json").exists()
+    assert not Path("init.json").exists()
 
 
 def test_too_few_tokens_without_ridge_are_refused_in_one_line(swiftkv):

@@ -1,6 +1,7 @@
 """metrics.jsonl: whole lines, each once, whatever a kill or a full disk does."""
 
 import json
+import math
 
 import pytest
 
@@ -56,5 +57,22 @@ def test_damage_is_named(metrics):
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged; remove the lines that are not JSON"):
         metrics.rows()
     metrics.path.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        metrics.rows()
+
+
+def test_what_json_does_not_know_is_null(metrics):
+    metrics.append({"step": 1, "loss": math.nan, "held_out": {"prose": {"kl": math.inf, "tokens": 3}}})
+    expected = [{"step": 1, "loss": None, "held_out": {"prose": {"kl": None, "tokens": 3}}}]
+    assert metrics.rows() == expected
+    with metrics.path.open("a") as file:
+        file.write('{"step": 2, "loss": NaN}\n')  # as it was written once
+    metrics.trim(2)
+    assert "NaN" not in metrics.path.read_text()
+
+
+@pytest.mark.parametrize("line", ["3", "[]", '{"loss": 1.0}', '{"step": "1"}', "[" * 5000])
+def test_a_row_of_an_odd_shape_is_damage(metrics, line):
+    metrics.path.write_text(line + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
         metrics.rows()

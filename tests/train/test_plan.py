@@ -14,6 +14,7 @@ from swiftkv_train.bench.plan import recipe_for, step_memory
 from swiftkv_train.calibrate import accumulate_moments
 from swiftkv_train.cli import main
 from swiftkv_train.distill import Distillation
+from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate.speed import cache_bytes_per_token as cache_bytes_found
 from swiftkv_train.loading import dtype_of
 from swiftkv_train.plan import model_on_meta, plan
@@ -290,3 +291,18 @@ def test_a_lighter_calibration_is_proposed_where_it_is_what_does_not_fit(make_re
     assert memory.calibration > light.calibration > memory.step  # of so small a model
     fit = first_that_fits(model, recipe, processes=1, gpu_memory=RESERVED + light.calibration)
     assert fit.changes == ["calibration.weighting=layer"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("head_dim", 0), ("num_key_value_heads", 0), ("hidden_act", "x"), ("vocab_size", -3)]
+)
+def test_a_base_whose_config_makes_no_model_is_named(make_recipe, key, value):
+    recipe = make_recipe(model__base="odd")
+    shutil.copytree("models/debug", "odd")
+    with open("odd/config.json") as file:
+        config = json.load(file)
+    with open("odd/config.json", "w") as file:
+        json.dump({**config, key: value}, file)
+    with pytest.raises(UserError, match="model odd: ") as error:
+        plan(recipe)
+    assert "\n" not in str(error.value)

@@ -1,10 +1,13 @@
 """Per-token measures and their means against fp64 formulas."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from swiftkv_train.quality import summarise, token_measures
+from swiftkv_train.errors import RunError
+from swiftkv_train.quality import check_finite_quality, summarise, token_measures
 
 
 def expected_rows(student, base, next_ids):
@@ -51,3 +54,17 @@ def test_equal_logits_are_no_distance():
     assert torch.equal(rows[:, 0], torch.zeros(5))
     assert torch.equal(rows[:, 1], torch.ones(5))
     assert summarise(rows).perplexity_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [(0, math.nan, "mine"), (2, math.nan, "base"), (2, 800.0, "base"), (3, math.inf, "mine"), (None, 0.0, None)],
+)
+def test_the_model_whose_figures_are_not_finite_is_named(column, value, named):
+    measures = torch.ones(3, 4)
+    if column is None:
+        check_finite_quality({"prose": summarise(measures)}, "base", "mine")
+        return
+    measures[:, column] = value
+    with pytest.raises(RunError, match=f"model {named}: what it predicts on 'prose' is not finite"):
+        check_finite_quality({"chats": summarise(torch.ones(3, 4)), "prose": summarise(measures)}, "base", "mine")

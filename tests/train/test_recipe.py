@@ -61,6 +61,13 @@ def test_an_unknown_key_is_told_before_the_missing_one_that_it_explains():
         ("training.steps=", "training.steps: Input should be a valid integer (found None)"),
         ("training.learning_rate=.nan", "training.learning_rate: Input should be a finite number"),
         ("training.max_grad_norm=.inf", "training.max_grad_norm: Input should be a finite number"),
+        ("training.learning_rate=1e300", "training.learning_rate: must be at most 1e+30 (found 1e+300)"),
+        ("loss.hidden_mse=-1", "loss.hidden_mse: Input should be greater than or equal to 0 (found -1)"),
+        ("data.train.0.max_documents=99999999999999999999", "data.train.0.max_documents: must be at most 9.22337e+18"),
+        ("training.steps=1:30", "training.steps: Input should be a valid integer (found '1:30')"),
+        ("training.warmup=0:0.5", "training.warmup: Input should be a valid number (found '0:0.5')"),
+        ("training.steps=0x10", "training.steps: Input should be a valid integer (found '0x10')"),
+        ('model.base="a\\0b"', "model.base: a path cannot hold the character NUL"),
         ("training.betas=[0.9, 1.0]", "training.betas.1: Input should be less than 1"),
         ("training.seed=-1", "training.seed: Input should be greater than or equal to 0"),
         ("training.output_dir=''", "training.output_dir: String should have at least 1 character"),
@@ -85,6 +92,20 @@ def test_a_missing_key_is_named(key):
         node = node[int(name)] if isinstance(node, list) else node[name]
     del node[last]
     assert refusal(yaml.safe_dump(content)) == f"recipe r.yaml: key {key!r} is missing"
+
+
+@pytest.mark.parametrize(("text", "number"), [("0100", 100), ("08", 8), ("1_000", 1000), ("+7", 7)])
+def test_whole_numbers_are_decimal(text, number):
+    assert parse(TEXT, f"training.steps={text}").training.steps == number
+
+
+@pytest.mark.parametrize("name", ["2024-01-01", "2024-13-45", "1:30", "08", "1e3", "+.5", "0100", "yes", "0x10"])
+def test_text_that_looks_like_something_else_is_text_and_is_stored_as_text(name):
+    quoted = parse(TEXT, f"data.train.0.name='{name}'")
+    assert quoted.data.train[0].name == name
+    assert parse(quoted.to_yaml()) == quoted
+    if "-" in name or ":" in name:
+        assert parse(TEXT, f"data.train.0.name={name}") == quoted
 
 
 @pytest.mark.parametrize(("text", "number"), [("2e-4", 2e-4), ("1E3", 1e3), ("2.5e-4", 2.5e-4), ("-1e1", None)])
@@ -126,6 +147,18 @@ def test_overrides_reach_sections_list_positions_and_absent_sections():
     assert recipe.training.betas == (0.5, 0.6)
 
 
+def test_an_override_reaches_the_item_it_names_and_no_equal_one():
+    equal = "[[3], [3], [3]]"
+    recipe = parse(TEXT, f"rewrite.key_value_groups={equal}", "rewrite.key_value_groups.1=[4]")
+    assert recipe.rewrite.key_value_groups == [[3], [4], [3]]
+    content = yaml.safe_load(TEXT)
+    content["data"]["held_out"] = content["data"]["train"]  # dumped as an anchor, and read as one list
+    twice = yaml.safe_dump(content)
+    assert "*id" in twice
+    data = parse(twice, "data.train.0.name=first").data
+    assert (data.train[0].name, data.held_out[0].name) == ("first", "prose")
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -134,7 +167,12 @@ def test_overrides_reach_sections_list_positions_and_absent_sections():
         ("data.train.2.path=x", "override data.train.2.path: '2' must be a position from 0 to 1"),
         ("data.train.first.path=x", "override data.train.first.path: 'first' must be a position from 0 to 1"),
         ("training.steps.x=3", "override 'training.steps.x=3': training.steps is not a section"),
+        ("data.train.².path=x", "override data.train.².path: '²' must be a position from 0 to 1"),
         ("training.steps=[1", "override 'training.steps=[1': the value is not YAML"),
+        ("training.steps=!!int abc", "override 'training.steps=!!int abc': the value is not YAML"),
+        ("training.steps=!!bool maybe", "override 'training.steps=!!bool maybe': the value is not YAML"),
+        ("training.steps=!!timestamp x", "override 'training.steps=!!timestamp x': the value is not YAML"),
+        ("training.steps=!!map x", "override 'training.steps=!!map x': the value is not YAML"),
     ],
 )
 def test_a_malformed_override_is_refused(override, says):
@@ -148,12 +186,24 @@ def test_a_malformed_override_is_refused(override, says):
         ("a: !!python/object/apply:os.getcwd []", "is not YAML: could not determine a constructor"),
         (TEXT + "\ntraining: {}\n", "is not YAML: key 'training' is given twice"),
         (TEXT.replace("  steps:", "  seed: 1\n  seed: 2\n  steps:"), "is not YAML: key 'seed' is given twice"),
+        ("a: !!int x", "is not YAML: invalid literal for int() with base 10: 'x'"),
+        ("a: !!timestamp x", "is not YAML: "),
+        ('extends: "a\\0b"', "extends must be the path of another recipe"),
         ("", "must hold a mapping with the keys model, rewrite"),
         ("- a\n- b\n", "must hold a mapping"),
     ],
 )
 def test_what_is_not_a_recipe_is_refused(text, says):
-    assert refusal(text).startswith(f"recipe r.yaml {says}")
+    assert refusal(text).startswith("recipe r.yaml")
+    assert says in refusal(text)
+
+
+def test_what_is_too_large_is_refused():
+    assert refusal("[" * 5000) == "recipe r.yaml is not YAML: it is nested too deeply"
+    for override in (f"training.steps={'9' * 5000}", f"training.steps={'[' * 3000}"):
+        assert refusal(TEXT, override).endswith(": the value is not YAML")
+    assert refusal(TEXT, f"data.train.{'1' * 5000}.name=x").endswith(" must be a position from 0 to 1")
+    assert len(refusal(TEXT, f"training.steps={'9' * 4000}")) < 400
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -1,6 +1,8 @@
 """Runs on disk: what is kept, what is refused, and what a kill may leave behind."""
 
+import errno
 import hashlib
+import os
 import shutil
 import subprocess
 
@@ -111,6 +113,24 @@ def test_checkpoints_come_back_as_written_and_only_the_last_are_kept(run):
     assert checkpoint.optimizer_state()["a_swiftkv:step"] == 1
     assert checkpoint.progress == {"step": 10}
     assert names(run) == ["step-000002", "step-000010"]
+
+
+def test_checkpoints_that_may_not_be_seen_are_not_taken_for_none(run, recipe, monkeypatch):
+    save(run, 1)
+    (run.path / "checkpoints/step-²").mkdir()
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [1]
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("swiftkv_train.checksum._found", refuse)
+        with pytest.raises(UserError, match="step-000001 cannot be read: Permission denied"):
+            run.last_checkpoint(pytest.fail)
+        patch.setattr("swiftkv_train.run_directory.os.listdir", refuse)
+        with pytest.raises(UserError, match="checkpoints cannot be read: Permission denied"):
+            RunDirectory.create(run.path, recipe, restart=True)
+    assert names(run) == ["step-000001", "step-²"]
 
 
 def test_the_checksums_are_those_of_the_files(run):

@@ -1,15 +1,18 @@
 """`swiftkv runs`: what it finds and what it says of each run."""
 
 import json
+import math
 import os
 from datetime import datetime, timezone
 
 import pytest
 
 from swiftkv_train.errors import UserError
+from swiftkv_train.results import to_json
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.run_state import RunLock
 from swiftkv_train.runs import list_runs, print_runs
+from swiftkv_train.runs import to_json as runs_to_json
 
 
 @pytest.fixture
@@ -85,6 +88,54 @@ def test_one_damaged_run_does_not_hide_the_others(make_run, tmp_path):
     assert "state.json is damaged; remove it" in found[0].error
     assert "metrics.jsonl is damaged" in found[1].error
     assert found[2].path == str(third)
+
+
+ODD = {
+    "state is a list": ("state.json", "[]"),
+    "state is deep": ("state.json", "[" * 5000),
+    "no date": ("state.json", '{"state": "finished", "ended": "yesterday"}'),
+    "date is a number": ("state.json", '{"state": "finished", "ended": 3}'),
+    "row is a number": ("metrics.jsonl", "3\n"),
+    "row without step": ("metrics.jsonl", '{"loss": 1.0}\n'),
+    "loss is text": ("metrics.jsonl", '{"step": 1, "loss": "low"}\n'),
+    "held out is a list": ("metrics.jsonl", '{"step": 1, "held_out": [1]}\n'),
+    "no source": ("metrics.jsonl", '{"step": 1, "held_out": {}}\n'),
+    "recipe is a tag": ("recipe.yaml", "!!int x"),
+    "recipe is binary": ("recipe.yaml", "\0"),
+    "checkpoints is a file": ("checkpoints", "mine"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_run_of_odd_files_is_damaged_and_the_others_are_shown(make_run, tmp_path, capsys, odd):
+    first, second = (make_run(name, {"state": "finished", **ENDED}, ROWS) for name in "ab")
+    name, content = ODD[odd]
+    (first / name).write_text(content)
+    found = list_runs(tmp_path)
+    assert [run.state for run in found] == ["damaged", "finished"]
+    print_runs(found, tmp_path)
+    json.loads(to_json(runs_to_json(found), "runs"))
+    assert str(second) in capsys.readouterr().out
+
+
+def test_a_figure_that_is_no_number_is_left_out(make_run, tmp_path):
+    rows = [*ROWS, {"step": 30, "loss": math.nan}, {"step": 30, "held_out": {"a": {"kl": math.inf, "tokens": 3}}}]
+    run = make_run("a", {"state": "finished", **ENDED}, rows)
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    with (run / "metrics.jsonl").open("a") as file:  # as they were written once
+        file.write('{"step": 40, "loss": NaN}\n{"step": 40, "held_out": {"a": {"kl": NaN, "tokens": 3}}}\n')
+    (found,) = list_runs(tmp_path)
+    assert (found.state, found.step, found.loss, found.held_out_kl) == ("finished", 40, None, None)
+
+
+def test_names_are_shown_as_they_are(make_run, tmp_path, capsys):
+    name = os.fsdecode(b"[red]\xff")
+    make_run(name, {"state": "[bold]odd[/bold]", **ENDED}, ROWS, model__base="models/[/x]")
+    print_runs(list_runs(tmp_path), tmp_path)
+    out = capsys.readouterr().out
+    assert "outputs/[red]?" in out
+    assert "models/[/x]" in out
+    assert "[bold]odd[/bold]" in out
 
 
 def test_no_directory_and_no_runs(tmp_path, capsys):

@@ -1,0 +1,69 @@
+"""What a model's generation_config.json says, checked, and the part of it that this project decodes by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swiftkv_train.errors import UserError
+
+GREEDY_BELOW = 1e-5  # a smaller temperature is greedy: dividing logits by it would overflow
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+# What is kept: key -> what its value must be, and in words. null is as good as absent.
+KEPT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bos_token_id": (_whole, "a token id"),
+    "eos_token_id": (lambda value: all(map(_whole, value if isinstance(value, list) else [value])), "token ids"),
+    "pad_token_id": (_whole, "a token id"),
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "temperature": (lambda value: _number(value) and value >= 0, "a number, 0 or more"),
+    "top_k": (lambda value: _whole(value) and value >= 0, "a whole number, 0 or more"),
+    "top_p": (_share, "a number from 0 to 1"),
+    "min_p": (_share, "a number from 0 to 1"),
+    "typical_p": (lambda value: _share(value) and value > 0, "a number above 0, at most 1"),
+    "repetition_penalty": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "no_repeat_ngram_size": (lambda value: _whole(value) and value >= 0, "a whole number, 0 or more"),
+}
+# How long an answer gets, what is kept in a cache and what is returned is said by whoever calls.
+CALLERS = ("max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version")
+
+
+def check_settings(settings: Mapping[str, Any], vocab_size: int, file: Path) -> None:
+    """Raises UserError, naming `file` and the key, for a value that generation would stumble over."""
+    for key, (fits, words) in KEPT.items():
+        value = settings.get(key)
+        if value is not None and not fits(value):
+            raise UserError(f"{file}: {key} is {repr(value)[:80]}; it must be {words}")
+    ends = settings.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not 0 <= end < vocab_size:
+            raise UserError(
+                f"{file}: eos_token_id {end} is no token of this model (0 to {vocab_size - 1}): its answers had no end"
+            )
+
+
+def unused_settings(settings: Mapping[str, Any]) -> list[str]:
+    """The keys that would change what the model says, or how it is found, and that are left out here."""
+    odd = (key for key, value in settings.items() if value not in (None, False, 0, 1, [], {}))
+    return sorted(key for key in odd if key not in KEPT and key not in CALLERS and not key.startswith(("_", "output_")))
+
+
+def kept_settings(generation_config: Any) -> Any:
+    """A GenerationConfig of nothing but KEPT: no beams, time limits, stop strings or assistants."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**{key: getattr(generation_config, key, None) for key in KEPT})
