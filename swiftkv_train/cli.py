@@ -594,8 +594,6 @@ def main(*prefix: str) -> None:
         _say("interrupted")
         raise SystemExit(130) from None
     except (OSError, UnicodeError) as error:  # the last net, for what no command has put in words of its own
-        if isinstance(error, BrokenPipeError):  # whoever read our output has ended; Python would complain once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         file = getattr(error, "filename", None)
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         _say(f"error: {reason if file is None else f'{file}: {reason}'}")

@@ -25,12 +25,12 @@ BATCH_CHARACTERS = 8_000_000  # some 200 MB while it is tokenised; long document
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str = "") -> None:
-    """Raises UserError, in the name of the model `where`, when the tokenizer knows tokens that the model has no embeddings for."""
+    """Raises UserError, naming the model `where`, when the tokenizer knows tokens that it has no embeddings for."""
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))  # ids may leave gaps
     if tokens > vocab_size:
         raise UserError(
-            f"vocabulary mismatch{where and f' in {where}'}: the tokenizer has {tokens} tokens, the model only {vocab_size}; "
-            "use the tokenizer that belongs to the model"
+            f"vocabulary mismatch{where and f' in {where}'}: the tokenizer has {tokens} tokens, the model only "
+            f"{vocab_size}; use the tokenizer that belongs to the model"
         )
 
 

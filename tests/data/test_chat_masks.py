@@ -182,6 +182,14 @@ def test_a_chat_the_template_refuses_is_a_bad_row_among_good_ones(tokenizer):
     )
 
 
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{% for x in %}"])
+def test_a_template_that_fails_in_any_way_refuses_the_chat(tokenizer, template):
+    tokenizer.chat_template = template
+    (row,) = tokenize_chats([ChatDocument("x", CHATS["one turn"])], ChatRenderer(tokenizer))
+    assert isinstance(row, BadRow)
+    assert str(row).startswith("the chat template refuses it: ")
+
+
 def test_no_chat_template_is_the_users_error(make_tokenizer):
     with pytest.raises(UserError, match=r"^a\.jsonl:1 is a chat, but the tokenizer has no chat template"):
         tokenize_chats([ChatDocument("a.jsonl:1", CHATS["one turn"])], ChatRenderer(make_tokenizer(chat_template=None)))

@@ -1,5 +1,6 @@
 """A user's mistakes, through the command: status 2 and one line that names the file, key or value and what to do."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -114,10 +115,7 @@ def test_a_checkpoint_for_a_base_and_the_reverse(project, distil, command):
 
 SPOILERS = {
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
-    "config cut short": (
-        lambda d: (d / "config.json").write_text("{"),
-        "spoilt/config.json is damaged, it is not JSON",
-    ),
+    "config cut short": (lambda d: (d / "config.json").write_text("{"), "spoilt/config.json is not JSON"),
     "config without type": (lambda d: (d / "config.json").write_text("{}"), "config cannot be read"),
     "odd heads": (lambda d: change_config(d, num_attention_heads=5), "not a multiple of the number of attention heads"),
     "text for a number": (lambda d: change_config(d, num_attention_heads="four"), "'num_attention_heads'"),
@@ -415,9 +413,53 @@ def test_chats_that_cannot_be(model_copy, command):
         (["bench", "step", "absent"], "error: model absent does not exist"),
         (["fetch", "nowhere", "--to", "m"], "error: nowhere: no such directory; a source is smollm2-135m, debug"),
         (["fetch", "debug", "--to", "models"], "already holds files that `swiftkv fetch` did not write"),
+        (["fetch", "models/debug", "--to", "m", "--data", "d"], "error: --data goes with smollm2-135m and debug; no"),
+        (["fetch", "debug", "--to", "~nosuchuser/m"], "error: ~nosuchuser/m: there is no such user"),
+        (["plan", "recipe.yaml", "--gpu-memory", "inf"], "error: --gpu-memory inf is no size"),
+        (["plan", "recipe.yaml", "--gpu-memory", "1e300"], "error: --gpu-memory 1e+300 is no size"),
+        (["chat", "models/debug", "--prompt", "caf\udce9"], "error: --prompt is not UTF-8"),
+        (["chat", "caf\udce9", "--prompt", "x"], "error: model caf\\udce9 does not exist"),
+        (["serve", "models/debug", "--port", "0", "--host", "a..b"], "error: cannot listen on http://a..b:0: "),
+        (["serve", "models/debug", "--port", "0", "--api-key", " "], "error: the API key holds white space"),
     ],
 )
 def test_a_wrong_command_line(command, arguments, says):
     result = command(*arguments)
     assert says in result.error()
     assert len(result.err.splitlines()) == 1
+
+
+def test_an_empty_key_in_the_environment_is_not_taken_for_none(command, monkeypatch):
+    monkeypatch.setenv("SWIFTKV_API_KEY", "")
+    assert "error: the API key is empty; " in command("serve", "absent", "--port", "0").error()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "some/file"), "error: some/file: File name too long"),
+        (OSError(errno.EIO, "Input/output error"), "error: Input/output error"),
+        (OSError("no number\nbut two lines"), "error: no number but two lines"),
+        (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed"), "can't encode character"),
+    ],
+)
+def test_the_last_net(command, monkeypatch, error, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("swiftkv_train.runs.list_runs", fail)
+    result = command("runs")
+    assert result.status == 1
+    assert says in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_the_last_net_lets_programming_errors_through(command, monkeypatch):
+    monkeypatch.setattr("swiftkv_train.runs.list_runs", lambda: None)
+    assert command("runs").status == "traceback"
+
+
+def test_a_name_that_no_file_can_have(command):
+    result = command("fetch", "debug", "--to", "x" * 300)
+    assert (result.status, result.err.splitlines()[1:]) == (1, [])
+    assert result.err.endswith("xxx: File name too long\n")

@@ -356,7 +356,7 @@ def test_a_missing_gguf_file_is_refused(tmp_path):
 
 def test_a_home_that_does_not_exist_is_refused(model, tmp_path):
     for arguments in (("~nosuchuser/m", tmp_path / "out"), (str(model), Path("~nosuchuser/out"))):
-        with pytest.raises(UserError, match="~nosuchuser/[a-z]*: there is no such user"):
+        with pytest.raises(UserError, match=r"~nosuchuser/[a-z]*: there is no such user"):
             fetch(*arguments, report=quiet)
 
 

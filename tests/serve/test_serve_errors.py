@@ -1,5 +1,6 @@
 """What is refused, and in which words."""
 
+import copy
 import json
 from typing import Any
 
@@ -180,6 +181,29 @@ def test_key_is_required_where_work_is_done(random_model: LlamaForCausalLM, toke
         assert it.client("s3cret").chat.completions.create(model="tiny", **CHAT).choices  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("key", ["s3cret", "s3cret-ü", "caf\udce9"], ids=["ascii", "utf-8", "latin-1"])
+def test_keys_are_compared_as_bytes(
+    random_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, key: str
+) -> None:
+    right = key.encode("utf-8", "surrogateescape")
+    with running(random_model, tokenizer, api_key=key) as it:
+        for given in (b"Bearer \xff\xfe", b"Bearer " + right + b"\xe9", b"\xff " + right, "Bearer ü".encode()):
+            error_of(httpx.get(f"{it.url}/v1/models", headers={"authorization": given}), 401)
+        assert httpx.get(f"{it.url}/v1/models", headers={"authorization": b"bearer " + right}).status_code == 200
+
+
+@pytest.mark.parametrize(("template", "reason"), [("{{ 1 + 'a' }}", "operand"), ("{{ '' }}", "makes nothing of them")])
+def test_a_template_that_fails_is_not_the_servers_failure(
+    random_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, template: str, reason: str
+) -> None:
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = template
+    with running(random_model, broken) as it:
+        error = error_of(it.post(CHAT), 400)
+        assert error["param"] == "messages"
+        assert reason in error["message"]
+
+
 def test_failures_do_not_leak(
     random_model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -210,6 +234,13 @@ def test_failures_do_not_leak(
 
 
 def test_senseless_limits(server: Running) -> None:
-    for wrong in ({"api_key": " "}, {"max_body_bytes": 0}, {"max_output_tokens": 0}):
+    for wrong in (
+        {"api_key": ""},
+        {"api_key": " "},
+        {"api_key": "a b"},
+        {"api_key": "a\n"},
+        {"max_body_bytes": 0},
+        {"max_output_tokens": 0},
+    ):
         with pytest.raises(UserError):
             create_app(server.engine, **wrong)  # type: ignore[arg-type]

@@ -227,20 +227,22 @@ def test_the_process_from_start_to_sigterm(checkpoint: Path, endless_model: Llam
         process.wait(WAIT_S)
 
 
-def test_wrong_arguments_are_found_before_loading(tmp_path: Path, checkpoint: Path) -> None:
+def test_wrong_arguments_are_found_before_loading(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
         run_server(tmp_path / "missing", port=taken.getsockname()[1])
     for wrong, words in (
         ({"port": 70_000}, "port is 70000"),
         ({"host": "no.such.host.invalid"}, "cannot listen"),
+        ({"host": "a" * 70}, "cannot listen on http://aaa.*label too long"),
+        ({"host": "\udcff"}, "cannot listen on .*give another host"),
+        ({"api_key": ""}, "API key is empty"),
+        ({"api_key": "a b"}, "API key holds white space"),
         ({"threads": 0}, "threads"),
     ):
         with pytest.raises(UserError, match=words):
             run_server(tmp_path / "missing", **wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no such directory"):
         run_server(tmp_path / "missing", port=0)
-    with pytest.raises(UserError, match="API key is empty"):
-        run_server(checkpoint, port=0, api_key="")
 
 
 def test_open_to_the_network_without_a_key_warns(

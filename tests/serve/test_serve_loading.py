@@ -1,5 +1,6 @@
 """Directories that can be served and those that cannot."""
 
+import copy
 import json
 import shutil
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import config
+from serving import config, running
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swiftkv_models
@@ -77,6 +78,31 @@ def test_broken_files(checkpoint: Path) -> None:
     refused(checkpoint, "model.safetensors is damaged")
     (checkpoint / "config.json").write_text("{")
     refused(checkpoint, "config")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<one more>"])
+    larger.save_pretrained(checkpoint)
+    refused(checkpoint, rf"vocabulary mismatch in .*checkpoint: the tokenizer has {len(tokenizer) + 1} tokens")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "hot"}', '{"top_k": -1}', '{"eos_token_id": 99999}'])
+def test_odd_settings_for_generation(checkpoint: Path, text: str) -> None:
+    (checkpoint / "generation_config.json").write_text(text)
+    refused(checkpoint, r"checkpoint/generation_config\.json")
+
+
+def test_what_generate_cannot_do_here_is_left_out(checkpoint: Path) -> None:
+    odd = {"num_beams": 4, "stop_strings": ["a"], "max_time": 1e-6, "dola_layers": "low", "top_k": 7, "min_p": 0.5}
+    (checkpoint / "generation_config.json").write_text(json.dumps(odd))
+    model, tokenizer = load_model_and_tokenizer(checkpoint)
+    assert (model.generation_config.top_k, model.generation_config.min_p) == (7, 0.5)
+    with running(model, tokenizer) as it:
+        for temperature in (0, 1):
+            answer = it.post({"prompt": "hi", "max_tokens": 5, "temperature": temperature}, "/v1/completions")
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 5
 
 
 def test_foreign_code_does_not_run(checkpoint: Path) -> None:

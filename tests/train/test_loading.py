@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from transformers import AutoTokenizer
 
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
-from swiftkv_train.generation_settings import KEPT
 from swiftkv_train.loading import load_config, load_for_inference, load_model, load_tokenizer
 
 WEIGHT = "model.layers.2.mlp.up_proj.weight"
@@ -40,10 +40,10 @@ def test_weights_that_are_not_finite_are_named(model, value, dtype):
     }
     weights["model.norm.weight"][0] = torch.finfo(getattr(torch, dtype)).max  # still a number
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    load_model(str(model))
+    load_model(str(model), dtype=dtype)
     weights[WEIGHT][-1, -1] = value
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    refused(model, rf"{WEIGHT} holds nan or infinity \(as {dtype}\)")
+    refused(model, rf"{WEIGHT} holds nan or infinity \(as {dtype}\)", partial(load_model, dtype=dtype))
 
 
 def test_numbers_too_large_for_the_dtype_are_named(model):
@@ -70,12 +70,12 @@ def test_numbers_too_large_for_the_dtype_are_named(model):
         ('{"eos_token_id": "x"}', "eos_token_id is 'x'; it must be token ids"),
         ('{"eos_token_id": [2, 512]}', r"eos_token_id 512 is no token of this model \(0 to 511\)"),
         ('{"pad_token_id": true}', "pad_token_id is True"),
-        ('{"num_return_sequences": 3}', "num_return_sequences"),
+        ('{"num_return_sequences": 3}', ".*num_return_sequences"),
     ],
 )
 def test_settings_for_generation_that_make_no_sense(model, text, message):
     (model / "generation_config.json").write_bytes(text.encode("latin-1"))
-    refused(model, rf"generation_config\.json:? {message}|generation_config\.json: .*{message}")
+    refused(model, rf"generation_config\.json\b.* {message}")
 
 
 def test_of_the_settings_for_generation_only_sampling_is_left_for_inference(model, capsys):
@@ -98,7 +98,6 @@ def test_without_settings_for_generation(model, capsys):
     (model / "generation_config.json").unlink()
     assert load_for_inference(str(model)).generation_config.eos_token_id == 2  # config.json's
     assert capsys.readouterr().err == ""
-    assert "stop_strings" not in KEPT
 
 
 @pytest.mark.parametrize(
@@ -156,7 +155,7 @@ def test_files_that_may_not_be_read(model, name, load, monkeypatch):
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
 def test_names_that_no_file_can_have(path):
-    with pytest.raises(UserError, match="cannot be read: File name too long|does not exist"):
+    with pytest.raises(UserError, match=r"cannot be read: File name too long|does not exist"):
         load_model(path)
 
 
