@@ -21,7 +21,6 @@ the same way, says how much of a layer's K/V the shared state still holds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -30,6 +29,7 @@ import torch
 
 from swiftkv_models.rope import rotate
 from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.metrics import finite
 from swiftkv_train.shared_projections import compensated_queries, shared_keys, shared_values
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LayerFit:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: keys or values that are all the same have no R^2."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return finite(asdict(self))
 
 
 @dataclass

@@ -131,9 +131,7 @@ def _check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes that Python keeps as surrogates
-        raise UserError(
-            f"{what} is not UTF-8 text; write it in the terminal's encoding, or set that to UTF-8"
-        ) from None
+        raise _not_utf8(what) from None
 
 
 def _read() -> str | None:
@@ -142,6 +140,8 @@ def _read() -> str | None:
     except EOFError:
         return None
     except UnicodeDecodeError:
-        raise UserError(
-            "the message is not UTF-8 text; write it in the terminal's encoding, or set that to UTF-8"
-        ) from None
+        raise _not_utf8("the message") from None
+
+
+def _not_utf8(what: str) -> UserError:
+    return UserError(f"{what} is not UTF-8 text; write it in the terminal's encoding, or set that to UTF-8")

@@ -19,7 +19,7 @@ class Metrics:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row. Raises OSError when the disk refuses; the row is then kept and written with the next."""
-        self._waiting.append(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._waiting.append(json.dumps(finite(row), allow_nan=False) + "\n")
         self.flush()
 
     def flush(self) -> None:
@@ -58,12 +58,12 @@ class Metrics:
     def trim(self, step: int) -> None:
         """Drop the rows after `step`, which a resumed run writes again, and one that was cut off."""
         if self.path.exists():
-            kept = [_finite(row) for row in self.rows() if row["step"] <= step]
+            kept = [finite(row) for row in self.rows() if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with null for nan and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,8 +8,6 @@ whole; what was spoilt since is found by the checksums, and the checkpoint befor
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +25,7 @@ from swiftkv_train.durable import publish_directory, write_text
 from swiftkv_train.errors import UserError
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import Recipe, load_recipe
-from swiftkv_train.run_state import STATE
+from swiftkv_train.run_state import STATE, checkpoint_paths, read_json
 
 WEIGHTS, MOMENTS, PROGRESS = "student.safetensors", "optimizer.safetensors", "progress.json"
 CANNOT_WRITE = (OSError, SafetensorError)  # what writing a checkpoint raises when the disk refuses
@@ -115,25 +113,11 @@ class RunDirectory:
             raise UserError(f"{self.path / name} cannot be written: {error.strerror}") from None
 
     def read_json(self, name: str) -> Any:
-        file = self.path / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{file} is damaged; remove it") from None
+        return read_json(self.path / name)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints by their names, oldest first; whether they are whole still is not looked at."""
-        try:
-            names = os.listdir(self._checkpoints)
-        except FileNotFoundError:
-            return []
-        except OSError as error:  # not to be taken for a run that has none, which would begin again
-            raise UserError(f"{self._checkpoints} cannot be read: {error.strerror}") from None
-        found = ((name, re.fullmatch(r"step-(\d+)", name)) for name in names)
-        checkpoints = [Checkpoint(self._checkpoints / name, int(match[1])) for name, match in found if match]
-        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+        return [Checkpoint(path, step) for step, path in checkpoint_paths(self._checkpoints)]
 
     def last_checkpoint(self, report: Callable[[str], None]) -> Checkpoint:
         """The newest checkpoint whose checksums are right; those passed over are told to `report`, a line each.

@@ -7,7 +7,9 @@ is free was killed.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -130,3 +132,25 @@ def _write(run: RunDirectory, state: dict[str, Any]) -> None:
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def read_json(file: Path, default: Any = None) -> Any:
+    """A run's JSON file, `default` where there is none. Raises UserError when it cannot be read or is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else default
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file} is damaged; remove it") from None
+
+
+def checkpoint_paths(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and checkpoints, by their names in a run's `checkpoints`, oldest first. Raises UserError."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # not to be taken for a run that has none, which would begin again
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    found = ((name, re.fullmatch(r"step-(\d+)", name)) for name in names)
+    return sorted((int(match[1]), folder / name) for name, match in found if match)

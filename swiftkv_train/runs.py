@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ from swiftkv_train.errors import UserError
 from swiftkv_train.loading import one_line
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import load_recipe
-from swiftkv_train.run_state import RECIPE, STATE, is_locked
+from swiftkv_train.run_state import RECIPE, STATE, checkpoint_paths, is_locked, read_json
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -81,7 +79,7 @@ def _summary(path: Path) -> RunSummary:
     recipe = load_recipe(path / RECIPE)
     run.base, run.steps = recipe.model.base, recipe.training.steps
     rows = Metrics(path / METRICS).rows()
-    run.checkpoint_step = max(_checkpoint_steps(path), default=None)
+    run.checkpoint_step = max((step for step, _ in checkpoint_paths(path / CHECKPOINTS)), default=None)
     run.step = max([run.checkpoint_step or 0, *(row["step"] for row in rows[-1:])])
     run.loss = next((_finite(row["loss"]) for row in reversed(rows) if "loss" in row), None)
     run.held_out_kl = next((_pooled_kl(row["held_out"]) for row in reversed(rows) if "held_out" in row), None)
@@ -101,22 +99,10 @@ def _state(path: Path, recorded: str | None) -> str:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    file = path / STATE
-    try:
-        state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if not isinstance(state, dict):
-            raise ValueError("no object")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{file} is damaged; remove it") from None
+    state = read_json(path / STATE, default={})
+    if not isinstance(state, dict):
+        raise UserError(f"{path / STATE} is damaged; remove it")
     return state
-
-
-def _checkpoint_steps(path: Path) -> list[int]:
-    folder = path / CHECKPOINTS
-    found = (re.fullmatch(r"step-(\d+)", name) for name in (os.listdir(folder) if folder.exists() else ()))
-    return [int(match[1]) for match in found if match]
 
 
 def _finite(figure: Any) -> float | None:

@@ -127,7 +127,7 @@ def test_checkpoints_that_may_not_be_seen_are_not_taken_for_none(run, recipe, mo
         patch.setattr("swiftkv_train.checksum._found", refuse)
         with pytest.raises(UserError, match="step-000001 cannot be read: Permission denied"):
             run.last_checkpoint(pytest.fail)
-        patch.setattr("swiftkv_train.run_directory.os.listdir", refuse)
+        patch.setattr("swiftkv_train.run_state.os.listdir", refuse)
         with pytest.raises(UserError, match="checkpoints cannot be read: Permission denied"):
             RunDirectory.create(run.path, recipe, restart=True)
     assert names(run) == ["step-000001", "step-²"]
