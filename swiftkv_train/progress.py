@@ -75,8 +75,9 @@ class Reporter:
             handle = progress.add_task("distil", total=steps, completed=first, status="")
             yield lambda row: progress.update(handle, completed=row["step"], status=step_figures(row))
 
-    def tokenising(self, source: str, documents: int, tokens: int) -> None:
-        self.line(f"tokenised   {source}: {documents:,} documents, {tokens:,} tokens")
+    def tokenising(self, source: str, documents: int, tokens: int, *, goes_on: bool = False) -> None:
+        verb, so_far = ("tokenising", " so far") if goes_on else ("tokenised ", "")
+        self.line(f"{verb}  {source}: {documents:,} documents, {tokens:,} tokens{so_far}")
 
     def data(self, sources: list[dict[str, Any]]) -> None:
         for source in sources:

@@ -72,6 +72,7 @@ def _place(path: str) -> str:
 # A path, or a hub id; `~` is the user's home, which no shell puts in place inside a file.
 Place = Annotated[str, AfterValidator(_place)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+MOST_SEQUENCES = 2**20  # of a step: no run has so many, and lists of them still fit
 LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 1e30  # what tensors count with, and well within fp32
 
 
@@ -235,7 +236,9 @@ class LoraSection(Section):
 class TrainingSection(Section):
     output_dir: Place = Field(min_length=1, description="The run directory.")
     steps: int = Field(ge=1, description="Optimizer steps.")
-    batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all processes and accumulation.")
+    batch_size: int = Field(
+        ge=1, le=MOST_SEQUENCES, description="Sequences per optimizer step, over all processes and accumulation."
+    )
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward on one process.")
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")

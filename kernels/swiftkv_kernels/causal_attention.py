@@ -5,11 +5,12 @@
     B batch   T tokens   H query heads   G K/V heads (H = G R)   C head size   S rows of a block
     query [B, H, T, C]   key, value [B, G, T, C]   allowed [B, 1, T, T] bool   ->   [B, H, T, C]
 
-torch's flash operator is what every device but the CPU takes. On CPU it multiplies small tiles head by head, at about a
-tenth of the machine's rate of bf16 products. Here the R query heads of a K/V head are rows of one product, and rows are
-taken S positions at a time against the keys from the first that any of them may see up to their own end, so that most
-of the future, and of other documents packed before, is never computed. Scores and softmax are fp32, as there; the
-backward pass computes a block's probabilities again, as there (arXiv 2205.14135).
+torch's flash operator is what every device but the CPU takes, and the CPU for the forward pass in bf16. Backward, and in
+other dtypes, it multiplies small tiles head by head there, at a fraction of the machine's rate, and blocks of rows are
+taken instead: the R query heads of a K/V head are rows of one product, S positions at a time against the keys from the
+first that any of them may see up to their own end, so that most of the future, and of other documents packed before, is
+never computed. Scores and softmax are fp32, as there; the backward pass computes a block's probabilities again, as there
+(arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -38,17 +39,11 @@ def causal_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if causal_attention_backend(query.device) == "cpu":
         return _BlockAttention.apply(query, key, value, allowed, scaling)
-    if allowed is None:
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-    # With a mask and shared heads torch would hold all scores.
-    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed.tril(), scale=scaling)
+    return _operator(query, key, value, allowed, scaling)
 
 
 def causal_attention_backend(device: torch.device | str) -> str:
-    """'cpu' (blocks of rows) or 'sdpa' (torch's own operator)."""
+    """'cpu' (blocks of rows, see the module's docstring) or 'sdpa' (torch's own operator for all)."""
     return "cpu" if torch.device(device).type == "cpu" else "sdpa"
 
 
@@ -68,17 +63,29 @@ def causal_attention_reference(
     return (weights @ values).to(query.dtype)
 
 
+def _operator(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float) -> Tensor:
+    if allowed is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    # With a mask and shared heads torch would hold all scores.
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed.tril(), scale=scaling)
+
+
 class _BlockAttention(torch.autograd.Function):
     """Shapes inside: rows of a K/V head are (position, query head) pairs, [B G, T R, C]."""
 
     @staticmethod
     def forward(ctx, query, key, value, allowed, scaling):
+        ctx.save_for_backward(query, key, value, allowed)
+        ctx.scaling = scaling
+        if query.dtype == torch.bfloat16:
+            return _operator(query, key, value, allowed, scaling)
         rows, keys, values = _rows(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
         output = torch.empty_like(rows)
         for part, seen, weights in _blocks(rows, keys, allowed, scaling, query.shape):
             torch.bmm(weights, values[:, seen], out=output[:, part])
-        ctx.save_for_backward(query, key, value, allowed)
-        ctx.scaling = scaling
         return _heads(output, query.shape)
 
     @staticmethod

@@ -209,7 +209,7 @@ def _write_entry(
             files["offsets"].write(np.array([num_tokens], ARRAYS["offsets"]))
             if report is not None and time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
-                report.tokenising(source.name, num_documents, num_tokens)
+                report.tokenising(source.name, num_documents, num_tokens, goes_on=True)
     finally:
         written = {array: file.close() for array, file in files.items()}
     skipped.summarise(num_documents)

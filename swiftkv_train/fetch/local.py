@@ -84,9 +84,27 @@ def _checked(directory: Path) -> list[str]:
             raise UserError(f"{directory / name} is not a file, or a link to nothing; put it in order, or remove it")
     if not any(name in companions for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{directory} has no tokenizer.json; put the tokenizer's files beside the weights")
-    check_vocabulary(load_tokenizer(str(directory)), config.vocab_size, str(directory))
+    tokenizer = load_tokenizer(str(directory))
+    check_vocabulary(tokenizer, config.vocab_size, str(directory))
+    _check_template(tokenizer, directory)
     generation_settings(str(directory), config.vocab_size)
     return [*shards, *([INDEX] if (directory / INDEX).is_file() else []), *companions]
+
+
+def _check_template(tokenizer: Any, directory: Path) -> None:
+    """Raises UserError where there is a chat template that no conversation could be put into."""
+    from jinja2 import TemplateSyntaxError
+
+    if not tokenizer.chat_template:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "0"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{directory}: line {error.lineno} of its chat template is no template: {one_line(error)}"
+        ) from None
+    except Exception:  # one that refuses this conversation may take others
+        pass
 
 
 def copy_model(directory: Path, names: list[str], to: Path) -> None:

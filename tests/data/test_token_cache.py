@@ -221,6 +221,17 @@ def test_progress_ends_with_the_totals_on_a_build_and_on_a_hit(path, tokenizer, 
         assert Recorder.calls == [("s", 3, found.num_tokens)] * (run + 1)
 
 
+def test_what_is_told_on_the_way_is_told_as_such(path, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", -1.0)
+    source = Source(name="s", path=str(path))
+    tokenize_source(source, tokenizer, vocab_size=400, cache_dir=tmp_path / "cache", report=Reporter())
+    lines = capsys.readouterr().err.splitlines()
+    on_the_way, last = lines[:-1], lines[-1]
+    assert len(on_the_way) == 3
+    assert all(line.startswith("tokenising  s: ") and line.endswith(" tokens so far") for line in on_the_way)
+    assert last.startswith("tokenised   s: 3 documents, ")
+
+
 def test_a_tokenizer_larger_than_the_model_is_a_vocabulary_mismatch(path, tokenizer, tmp_path):
     size = len(tokenizer)
     with pytest.raises(

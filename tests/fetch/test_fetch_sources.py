@@ -225,6 +225,7 @@ def edit_weights(change):
         (more_tokens, r"vocabulary mismatch in .*model: the tokenizer has 270 tokens, the model only 269"),
         (broken_link("tokenizer.json"), r"tokenizer\.json is not a file, or a link to nothing"),
         (broken_link("chat_template.jinja"), r"chat_template\.jinja is not a file, or a link to nothing"),
+        (write("chat_template.jinja", "{{ 1 }}\n{% if %}"), r"line 2 of its chat template is no template: Expected"),
         (write("generation_config.json", "{"), r"generation_config\.json is not JSON"),
         (write("generation_config.json", '{"top_p": 2}'), r"generation_config\.json: top_p is 2"),
         (edit_weights(lambda weights: weights.pop("model.norm.weight")), r"lacks 1 weights.*model\.norm\.weight"),
@@ -237,6 +238,11 @@ def test_a_bad_directory_is_refused_in_one_line(model, tmp_path, damage, message
         fetch(str(model), tmp_path / "out", report=quiet)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_refuses_some_conversations_is_one(model, tmp_path):
+    write("chat_template.jinja", "{{ raise_exception('only tools') }}")(model)
+    fetch(str(model), tmp_path / "out", report=quiet)
 
 
 def test_old_checkpoints_may_hold_rotary_frequencies(model, tmp_path):

@@ -58,6 +58,10 @@ def test_an_unknown_key_is_told_before_the_missing_one_that_it_explains():
         ("training.steps=1.5", "training.steps: Input should be a valid integer"),
         ("training.steps=true", "training.steps: Input should be a valid integer (found True)"),
         ("training.steps=-3", "training.steps: Input should be greater than or equal to 1 (found -3)"),
+        (
+            "training.batch_size=9000000000000000000",
+            "training.batch_size: Input should be less than or equal to 1048576",
+        ),
         ("training.steps=", "training.steps: Input should be a valid integer (found None)"),
         ("training.learning_rate=.nan", "training.learning_rate: Input should be a finite number"),
         ("training.max_grad_norm=.inf", "training.max_grad_norm: Input should be a finite number"),

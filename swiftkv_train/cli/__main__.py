@@ -1,0 +1,3 @@
+from swiftkv_train.cli import main
+
+main()

@@ -1,0 +1,29 @@
+"""What the commands share: arguments, options, and how they speak."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Optional
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe file.", show_default=False)]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer on Python 3.10 wants it spelt so)
+    typer.Argument(help="key=value overrides, for instance training.steps=200.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def example(command: str) -> str:
+    return f"Example: `{command}`"
+
+
+def print_json(result: Any) -> None:
+    from swiftkv_train.results import to_json
+
+    print(to_json(result, "--json"))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
