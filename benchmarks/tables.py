@@ -39,7 +39,7 @@ def loss_rows(loss: dict[str, Any]) -> list[str]:
     for row in loss["rows"]:
         ours, *others = row["contenders"].values()
         against = "; ".join(list(row["contenders"])[1:])
-        shape = f"{row['rows']:,} rows x {row['vocabulary']:,} tokens"
+        shape = f"{row['rows']:,} rows x {row['vocabulary']:,} tokens, hidden size {row['hidden_size']}"
         for figure, what, show in (
             ("seconds", f"loss and gradient, {shape}, against {against}", lambda value: f"{value:.2f} s"),
             ("peak_bytes", "its peak memory", lambda value: f"{value / 2**20:,.0f} MiB"),
@@ -177,8 +177,8 @@ def targets() -> str:
     lines = ["| measured side by side | ours | theirs | ratio | file |", "|---|---|---|---|---|"]
     for name, row in init["sources"].items():
         lines.append(
-            f"| held-out KL before training, calibrated / copied start, {name} | {row['calibrated']['kl']:.3f} "
-            f"| {row['copied']['kl']:.3f} | {row['kl_ratio']:.2f} | `init.json` |"
+            f"| KL on test documents before training, calibrated / copied start, {name} "
+            f"| {row['calibrated']['kl']:.3f} | {row['copied']['kl']:.3f} | {row['kl_ratio']:.2f} | `init.json` |"
         )
     rates, peaks = step["tokens_per_second"], step["peak_bytes"]
     shape = f"{step['batch_size']} x {step['sequence_length']} tokens"

@@ -12,8 +12,8 @@ wanted="$(cat pyproject.toml constraints.txt | cksum) $extras"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
     exit 2
 }
 if [ ! -x .venv/bin/python ]; then

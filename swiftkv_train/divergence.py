@@ -1,4 +1,7 @@
-"""Stopping a run whose numbers went bad before the optimizer takes them, with the batch kept to look at."""
+"""Stopping a run whose numbers went bad before the optimizer takes them, with the batch kept to look at.
+
+Under ZeRO the norm of the gradients is known, and judged, only after the update; nothing of it is saved.
+"""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class TrainingSection(Section):
         "adamw", description="The 8-bit ones keep their moments in 8 bits, on CUDA (extra `bitsandbytes`)."
     )
     trainable: Literal["full", "lora"] = Field(
-        "full", description="`full`: the tail's projections; `lora`: adapters on them, merged at export (extra `lora`)."
+        "full", description="`full`: the tail's projections and norm; `lora`: adapters on the former (extra `lora`)."
     )
     lora: LoraSection | None = Field(None, description="With `trainable: lora`; left out: its defaults.")
     gradient_checkpointing: bool = Field(

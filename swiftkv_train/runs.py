@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _pooled_kl(sources: dict[str, dict[str, Any]]) -> float | None:
 
 def _last_change(path: Path) -> str:
     times = [file.stat().st_mtime for name in (RECIPE, METRICS, STATE) if (file := path / name).exists()]
-    return datetime.fromtimestamp(max(times), timezone.utc).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
 
 
 def to_json(runs: list[RunSummary]) -> list[dict[str, Any]]:

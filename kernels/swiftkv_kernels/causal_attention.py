@@ -5,7 +5,7 @@
     B batch   T tokens   H query heads   G K/V heads (H = G R)   C head size   S rows of a block
     query [B, H, T, C]   key, value [B, G, T, C]   allowed [B, 1, T, T] bool   ->   [B, H, T, C]
 
-torch's flash operator is what every device but the CPU takes, and the CPU for the forward pass in bf16. Backward, and
+torch's own operator is what every device but the CPU takes, and the CPU for the forward pass in bf16. Backward, and
 in other dtypes, it multiplies small tiles head by head there, at a fraction of the machine's rate, and blocks of rows
 are taken instead: the R query heads of a K/V head are rows of one product, S positions at a time against the keys from
 the first that any of them may see up to their own end, so that most of the future, and of other documents packed
@@ -32,6 +32,7 @@ def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None, scaling: float | None = None
 ) -> Tensor:
     """See the module's docstring. `scaling` replaces 1 / sqrt(C). Rows that may attend to nothing give 0.
+    All are of one dtype and device.
 
     Raises ValueError on shapes that do not fit.
     """

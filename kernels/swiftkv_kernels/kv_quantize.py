@@ -29,7 +29,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 def kv_quantize(
     states: Tensor, dtype: torch.dtype, *, out: Tensor | None = None, scale_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`states` [..., C] of any floating dtype as (quantised [..., C] of `dtype`, scale [...] fp32).
+    """`states` [..., C], fp16, bf16, fp32 or fp64, as (quantised [..., C] of `dtype`, scale [...] fp32).
 
     `dtype` is torch.int8 or torch.float8_e4m3fn. `out` and `scale_out` are filled in place of new tensors; they may be
     strided views. Carries no gradient. Raises ValueError on misfits.
@@ -46,7 +46,10 @@ def kv_quantize(
 
 
 def kv_dequantize(quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`quantised` [..., C] times `scale` [...], multiplied in fp32 (fp64 if `dtype` is), rounded once to `dtype`."""
+    """`quantised` [..., C] times `scale` [...], multiplied in fp32 (fp64 if `dtype` is), rounded once to `dtype`.
+
+    Raises ValueError on misfits.
+    """
     if quantised.dtype not in LIMITS:
         raise ValueError(f"quantised must be int8 or float8_e4m3fn, not {quantised.dtype}")
     if scale.shape != quantised.shape[:-1] or quantised.ndim == 0:

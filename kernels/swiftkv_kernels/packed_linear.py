@@ -68,7 +68,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def packed_linear(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """[..., O] of hidden [..., I], both in the weight's dtype on CPU. Raises ValueError on misfits."""
+    """[..., O] of hidden [..., I], both in the weight's dtype on CPU. Raises ValueError where hidden does not fit."""
     if hidden.dtype != weight.dtype or hidden.device != weight.device or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., {weight.shape[1]}] of {weight.dtype} on {weight.device}, not "

@@ -52,7 +52,11 @@ from swiftkv_models.tail_projection import TailProjection
 
 @strict
 class LlamaSwiftKVConfig(LlamaConfig):
-    """Llama's configuration with the layers of SwiftKV. Raises `ValueError` when they are out of range."""
+    """Llama's configuration with the layers of SwiftKV.
+
+    Raises huggingface_hub's StrictDataclassClassValidationError, with a ValueError as its cause, when they are out of
+    range.
+    """
 
     model_type = "llama_swiftkv"
 
@@ -219,6 +223,8 @@ class LlamaSwiftKVPreTrainedModel(LlamaPreTrainedModel):
 
 
 class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
+    """The decoder: trunk, `norm_swiftkv`, tail (see the module's docstring)."""
+
     def __init__(self, config: LlamaSwiftKVConfig):
         super().__init__(config)
         for layer_idx in range(config.num_key_value_layers, config.num_hidden_layers):
@@ -361,6 +367,8 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
 
 
 class LlamaSwiftKVForCausalLM(LlamaSwiftKVPreTrainedModel, LlamaForCausalLM):
+    """The decoder and the head of the language model; `rewrite` makes one of a base."""
+
     def __init__(self, config: LlamaSwiftKVConfig):
         LlamaSwiftKVPreTrainedModel.__init__(self, config)
         self.model = LlamaSwiftKVModel(config)

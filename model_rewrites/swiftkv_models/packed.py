@@ -65,7 +65,8 @@ def pack_linears(model: nn.Module) -> nn.Module:
     """`model`, its linear layers packed in place where this machine can: then they stay as they are.
 
     A step of few tokens takes two thirds of the time; training would gain 4% (measured, and left alone). Weights are
-    not held twice, but for a head that is tied to the embeddings. On a GPU, and where torch has no oneDNN for the
+    not held twice, but for a head that is tied to the embeddings and, with a `SinkWindowCache`, the tail's K/V
+    projections. On a GPU, and where torch has no oneDNN for the
     dtype, the model stays as it was; so do layers of other classes (adapters, quantised ones).
     """
     for parent in list(model.modules()):

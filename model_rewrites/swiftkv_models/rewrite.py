@@ -29,8 +29,9 @@ def rewrite(
 ) -> LlamaSwiftKVForCausalLM:
     """The SwiftKV form of `base`, sharing its tensors (nothing of the base is copied).
 
-    The new `*_swiftkv` weights are the reference's start: Q of the same layer, K and V the mean of the group's, the
-    norm of layer l. A model already in this very form is returned as it is, with its weights.
+    The new `*_swiftkv` weights start as in SwiftKV's published training code (ArcticTraining): Q of the same layer, K
+    and V the mean of the group's, the norm of layer l. A model already in this very form is returned as it is, with
+    its weights.
 
     Args:
         base: a causal language model of a known family.

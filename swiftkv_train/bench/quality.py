@@ -49,7 +49,8 @@ def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: s
     for variant in variants:
         variant["settings"] = {key: settings[variant["name"]].get(key) for key in differing}
         variant["as_good_as_first"] = _as_good_as(variant, variants[0])
-    options = f"--points {points} --tokens {tokens}" + (f" --on {on}" if on != TEST else "")
+    options = f"--points {points} --tokens {tokens}"
+    options += (f" --on {on}" if on != TEST else "") + f" --runs {runs}"
     return {
         "benchmark": "held-out quality against training tokens",
         "command": " ".join(["swiftkv bench quality", *arguments, options]),

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -33,10 +33,10 @@ def fetch(
     source: Annotated[str, typer.Argument(help="smollm2-135m, debug, a hub id, a model directory, or a .gguf file.")],
     to: Annotated[Path, typer.Option(help="Directory to put the model in.")],
     data: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Directory for the text and chats that come with smollm2-135m and debug."),
     ] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Revision of a hub id.")] = None,  # noqa: UP045
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
     """Get a model as safetensors, with tokenizer and chat template, checksums verified.
 
@@ -55,17 +55,17 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpu_memory: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(min=0.0, help="GiB of one GPU: say whether the run fits; exit 1, and what to change, if not."),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="GPUs, with one process on each.")] = 1,
     device: Annotated[str, typer.Option(help="cuda or cpu, which need not be present.")] = "cuda",
     context: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Tokens of context that inference is counted at; default: data.sequence_length."),
     ] = None,
     layers: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="What `swiftkv calibrate RECIPE --layers FILE` wrote: also show what every l would lose."),
     ] = None,
     as_json: Json = False,
@@ -120,7 +120,7 @@ def calibrate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     layers: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Instead, predict from the calibration's tokens what every l and every grouping would lose: tables, "
             "this JSON file and a plot beside it."
@@ -227,10 +227,10 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint.")],
     base: Annotated[str, typer.Option(help="The model it was made from.")],
     report: Annotated[Path, typer.Option(help="Directory for report.json, report.md and plots.")],
-    data: Annotated[Optional[list[str]], typer.Option(help="Held-out NAME=PATH; default: the recipe's.")] = None,  # noqa: UP045
+    data: Annotated[list[str] | None, typer.Option(help="Held-out NAME=PATH; default: the recipe's.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens per source.")] = 16_384,
     gate: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it."),
     ] = None,
     as_json: Json = False,
@@ -253,10 +253,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say so.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(envvar="SWIFTKV_API_KEY", help="Key that clients must send."),
     ] = None,
-    model_name: Annotated[Optional[str], typer.Option(help="Name in the API; default: the directory's.")] = None,  # noqa: UP045
+    model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the directory's.")] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
 ) -> None:
     """Serve a checkpoint with an OpenAI-compatible API."""
@@ -270,12 +270,12 @@ def serve(
 @app.command(epilog=example('swiftkv chat outputs/quickstart/checkpoint --prompt "Why is the sky blue?"'))
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
-    prompt: Annotated[Optional[str], typer.Option(help="Answer this one message and end.")] = None,  # noqa: UP045
-    system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely token each time.")] = 0.0,
     window: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             min=1,
             help="Keep the system message (or the first 4 tokens) and so many last tokens: a conversation without end.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ def _check_output(context: typer.Context, output: Path | None) -> Path | None:
 
 
 OutputOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--output", callback=_check_output, help="Also write the result to this JSON file."),
 ]
 
@@ -82,7 +82,7 @@ def layers(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     forms: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Values of l; lxg: in groups of g; l:a+b+c: of these sizes; separated by commas."),
     ] = None,
     output: OutputOption = None,
@@ -159,7 +159,7 @@ def startup(
 @app.command("plan", epilog=example("swiftkv bench plan --models debug,135m"))
 def plan(
     models: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="debug, 135m, 1b, separated by commas; default: those whose size suits the device."),
     ] = None,
     output: OutputOption = None,
@@ -180,7 +180,7 @@ def stream(
         int, typer.Option(min=1, help="Length of the stream; a dense cache is measured up to it.")
     ] = 20_000,
     contenders: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Of re-rotate, re-rotate published, dense, recompute, ours graphed (CUDA), separated by commas; "
             "default: all."
@@ -211,7 +211,7 @@ def relay(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 7,
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Also measure a whole model, checkpoint or base: first token and decoding."),
     ] = None,
     model_batch: Annotated[str, typer.Option(help="Its batches.")] = "1,4,16",
@@ -253,10 +253,10 @@ def decode(
 def kv_memory(
     base: Annotated[str, typer.Argument(help="Base model.")],
     checkpoint: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Exported checkpoint whose quality to measure as well, with --data."),
     ] = None,
-    data: Annotated[Optional[list[str]], typer.Option(help="Text to score: NAME=PATH.")] = None,  # noqa: UP045
+    data: Annotated[list[str] | None, typer.Option(help="Text to score: NAME=PATH.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of each text.")] = 16_384,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens scored in one piece.")] = 512,
     output: OutputOption = None,

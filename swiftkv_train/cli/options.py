@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file.", show_default=False)]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer on Python 3.10 wants it spelt so)
+    list[str] | None,
     typer.Argument(help="key=value overrides, for instance training.steps=200.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

@@ -60,8 +60,8 @@ tags: [swiftkv]
 
 {base} rewritten so that prompt tokens run through {first} of its {layers} layers only: the K/V of the other
 {layers - first} come from the output of layer {first - 1} (SingleInputKV), and {sharing} (AcrossKV). The cache holds
-{cached:.1%} of the base's bytes. The tail's Q/K/V projections were distilled from the base for {provenance["step"]}
-steps; everything else is the base's, whose licence holds.
+{cached:.1%} of the base's bytes. The tail's Q/K/V projections and their norm were distilled from the base for
+{provenance["step"]} steps; everything else is the base's, whose licence holds.
 
 {HF_USAGE if format == "hf" else ARCTIC_USAGE}
 

@@ -197,7 +197,7 @@ async def _read_body(request: Request, schema: type[Schema], max_bytes: int) -> 
 
     try:
         body = await asyncio.wait_for(read(), BODY_TIMEOUT_S)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:.0f} s", code="request_timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "The body is incomplete", code="invalid_json") from None

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_what_a_run_is_doing_and_how_far_it_is(make_run, tmp_path):
     assert (killed.state, killed.step, killed.checkpoint_step) == ("crashed", 20, 10)
     assert (failed.state, failed.error, failed.step, failed.loss) == ("failed", "the loss is nan", 0, None)
     assert (living.state, living.error, living.step, living.held_out_kl) == ("running", None, 10, 0.9)
-    assert datetime.fromisoformat(living.when) == datetime.fromtimestamp(2e9, timezone.utc)
+    assert datetime.fromisoformat(living.when) == datetime.fromtimestamp(2e9, UTC)
     lock.release()
     assert list_runs(running)[0].state == "crashed"  # a run is also found when it is itself what is asked for
 
