@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.evaluate import processor_name
 from swiftkv_train.loading import one_line
+from swiftkv_train.machine import device_name
 from swiftkv_train.origin import content_changes, content_origin, recipe_changes, recipe_origin, refuse
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Recipe
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from swiftkv_models import LlamaSwiftKVForCausalLM
     from swiftkv_train.data import TokenizedSource, TrainingData
+    from swiftkv_train.divergence import Divergence
 
 T = TypeVar("T")
 # How long the last checkpoint waits for room on a full disk: all that was done since the one before would be lost.
@@ -76,7 +77,12 @@ class Checkpointer:
             self.report.line(f"resumed     {self.run.path} holds no checkpoint yet: from the beginning")
             return None
         checkpoint = self.run.last_checkpoint(self.report.line)
-        changes = recipe_changes(checkpoint.progress["recipe"], recipe_origin(self.recipe))
+        before = checkpoint.progress["recipe"]
+        if (its := before["training.optimizer"]) != (wanted := self.recipe.training.optimizer):
+            raise UserError(
+                f"{checkpoint.path} holds the state of training.optimizer {its}, not of {wanted}; restore that"
+            )
+        changes = recipe_changes(before, recipe_origin(self.recipe))
         self._judge(checkpoint, changes)
         return checkpoint
 
@@ -108,17 +114,17 @@ class Checkpointer:
     def load_optimizer(self, checkpoint: Checkpoint) -> None:
         """Put back the optimizer's state, and drop from the run what came after the checkpoint."""
         self.strategy.restore_optimizer(checkpoint.optimizer_state())
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and checkpoint.progress["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.progress["scaler"])
         on_main(self.accelerator, lambda: self.run.rewind(checkpoint, self.recipe))
 
-    def save(self, step: int) -> bool:
+    def save(self, step: int, divergence: Divergence) -> bool:
         """Write the checkpoint of `step`, if it is not there. False, with a warning, when the disk refuses it."""
         if self.saved == step:
             return True
         # Putting tensors together takes every process.
         tensors = {WEIGHTS: self.strategy.tail_tensors(), MOMENTS: self.strategy.optimizer_tensors()}
-        refusal = on_main(self.accelerator, lambda: self._write(step, tensors))
+        refusal = on_main(self.accelerator, lambda: self._write(step, divergence, tensors))
         if refusal is not None:
             last = "there is none before it" if self.saved is None else f"the last one is of step {self.saved}"
             self.report.line(f"warning     the checkpoint of step {step} cannot be written: {refusal}; {last}")
@@ -126,13 +132,14 @@ class Checkpointer:
         self.saved = step
         return True
 
-    def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str | None:
+    def _write(self, step: int, divergence: Divergence, tensors: dict[str, dict[str, torch.Tensor]]) -> str | None:
         """What the disk says when it refuses."""
         training, scaler = self.recipe.training, self.accelerator.scaler
         progress = {
             "step": step,
             "steps": training.steps,
             **self._origin,
+            "divergence": divergence.state(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "machine": self._machine(),
         }
@@ -149,17 +156,17 @@ class Checkpointer:
         """What the rounding of a figure depends on."""
         device = self.accelerator.device
         return {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "processes": self.accelerator.num_processes,
             "strategy": self.recipe.distributed.strategy,
             "torch": torch.__version__,
         }
 
-    def save_last(self, step: int, stop: Stop) -> None:
+    def save_last(self, step: int, divergence: Divergence, stop: Stop) -> None:
         """`save` for the end of a run: a full disk is given time. Raises RunError when it stays full."""
         for attempt in range(SAVE_TRIES):
-            if self.save(step):
+            if self.save(step, divergence):
                 return
             if attempt == 0:
                 minutes = SAVE_TRIES * SECONDS_BETWEEN_TRIES // 60

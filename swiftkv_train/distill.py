@@ -29,7 +29,7 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.flops import device_peak, distillation_flops
 from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
-from swiftkv_train.quality import Quality, check_finite_quality, summarise, token_measures
+from swiftkv_train.quality import ROWS, Quality, check_finite_quality, summarise, token_measures
 from swiftkv_train.quantized_base import quantize_base
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
 from swiftkv_train.run_state import RunLock, recorded_state
@@ -123,7 +123,7 @@ class DistillationModule(nn.Module):
         head = self.model.lm_head.weight  # its weight, as ZeRO-3 gathers a module that is called at every call
         rows = [
             token_measures(functional.linear(student[part], head), functional.linear(base[part], head), next_ids[part])
-            for part in torch.arange(len(next_ids), device=loss_mask.device).split(256)
+            for part in torch.arange(len(next_ids), device=loss_mask.device).split(ROWS)
         ]
         return torch.cat(rows) if rows else torch.empty(0, 4, device=loss_mask.device)
 
@@ -201,6 +201,7 @@ class Distillation:
         self.run = self.checkpoints.run
         self.step = self.checkpoints.saved or 0
         self.evaluated: set[int] = set()  # steps whose held-out figures are logged
+        self.divergence = Divergence(training.max_loss_ratio, loss_scaling=recipe.model.dtype == "float16")
         self.refused = False  # whether the disk refused the last row
         self.trackers = Trackers(self.report.line)
 
@@ -257,11 +258,7 @@ class Distillation:
         if checkpoint is not None:
             self.checkpoints.load_optimizer(checkpoint)
             self.evaluated = {row["step"] for row in self.run.metrics.rows() if "held_out" in row}
-        self.divergence = Divergence(
-            training.max_loss_ratio,
-            [row["loss"] for row in self.run.metrics.rows() if "loss" in row and row["step"] <= self.step],
-            loss_scaling=recipe.model.dtype == "float16",
-        )
+            self.divergence.restore(checkpoint.progress.get("divergence", {}))
 
     def _start_tail(self, model: LlamaSwiftKVForCausalLM) -> None:
         rewriting = self.recipe.rewrite
@@ -404,7 +401,7 @@ class Distillation:
                 self.log_quality()
                 if not calibrate_only:
                     self._steps()
-                self.checkpoints.save_last(self.step, self.stop)
+                self.checkpoints.save_last(self.step, self.divergence, self.stop)
             except Stopped:
                 return self._leave()
             if calibrate_only:
@@ -416,6 +413,7 @@ class Distillation:
     def _steps(self) -> None:
         """The steps that are left. Raises Stopped where nothing is half done."""
         training = self.recipe.training
+        self.record.trained = True
         self.stop.defer()
         with self.report.training(training.steps, self.step) as advance:
             while self.step < training.steps:
@@ -433,16 +431,17 @@ class Distillation:
                     break
                 self.stop.check(self.accelerator)
                 if training.checkpoint_every and self.step % training.checkpoint_every == 0:
-                    self.checkpoints.save(self.step)
+                    self.checkpoints.save(self.step, self.divergence)
 
     def _leave(self) -> int:
         """Save what is done of a run that was asked to stop; its exit status."""
         self.record.ending = "stopped"
         if self.step == 0:
             self.report.line("stopped     before the first step; there is nothing to save")
-        elif self.checkpoints.save(self.step):
+        elif self.checkpoints.save(self.step, self.divergence):
             steps = self.recipe.training.steps
-            self.report.line(f"stopped     at step {self.step} of {steps}; continue with --resume")
+            go_on = "which is the last" if self.step == steps else "continue with --resume"
+            self.report.line(f"stopped     at step {self.step} of {steps}; {go_on}")
         else:
             raise self.checkpoints.not_saved(self.step)
         return self.stop.status

@@ -9,7 +9,6 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +31,23 @@ class Divergence:
 
     Args:
         max_loss_ratio: a loss above this multiple of the median of the last `WINDOW` has exploded; 0: none has.
-        losses: of the steps before, when a run is resumed.
         loss_scaling: fp16, where the scaler skips steps whose gradient overflowed.
     """
 
-    def __init__(self, max_loss_ratio: float, losses: Iterable[float] = (), *, loss_scaling: bool = False):
+    def __init__(self, max_loss_ratio: float, *, loss_scaling: bool = False):
         self.max_loss_ratio = max_loss_ratio
-        self.losses = deque(losses, maxlen=WINDOW)
+        self.losses: deque[float] = deque(maxlen=WINDOW)
         self.loss_scaling = loss_scaling
         self.overflows = 0  # in a row
+
+    def state(self) -> dict[str, Any]:
+        """For `restore`, as JSON."""
+        return {"losses": list(self.losses), "overflows": self.overflows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Judge as the run did whose `state` this was."""
+        self.losses.extend(state.get("losses", ()))
+        self.overflows = state.get("overflows", 0)
 
     def loss_problem(self, loss: float) -> str | None:
         """What is wrong with a step's loss, if anything."""

@@ -73,6 +73,15 @@ def base_changes(before: dict[str, Any], model: ModelSection) -> list[str]:
     return content_changes(files, base_origin(model))
 
 
+def adapter_changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
+    """How adapters are no longer merged as they were trained under the keys `before`."""
+    kept, now = (
+        {key: value for key, value in keys.items() if key.startswith("training.lora")}
+        for keys in (before, recipe_origin(recipe))
+    )
+    return recipe_changes(kept, now)
+
+
 def refuse(checkpoint: Path, changes: list[str]) -> UserError:
     return UserError(
         f"{checkpoint} cannot be resumed: {listed(changes)}; restore that, choose another training.output_dir, "

@@ -10,6 +10,7 @@ import torch
 
 from swiftkv_train.errors import RunError
 
+ROWS = 256  # tokens whose logits [ROWS, vocabulary] exist at a time
 TRAINED_ON, OTHER_KINDS, ALL = "all kinds trained on", "other kinds", "all together"
 
 

@@ -416,7 +416,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     for depth, name in enumerate(parents):
         place = _place_in(node, name, key)
         # A copy, for an anchor may have put the same section in several places.
-        child = copy.copy(node[place]) if isinstance(node, list) else copy.copy(node.get(place, {}))
+        held = node[place] if isinstance(node, list) else node.get(place)
+        child = {} if held is None else copy.copy(held)  # a section that a recipe leaves out, or says is null
         if not isinstance(child, dict | list):
             raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
         node[place] = child

@@ -93,3 +93,13 @@ def _not_finite(value: Any, name: str) -> str | None:
         return None if math.isfinite(value) else f"{name} is {value}"
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     return next((odd for key, item in items if (odd := _not_finite(item, f"{name}.{key}".lstrip(".")))), None)
+
+
+def plot(result: dict[str, Any], draw: Callable[[dict[str, Any], Any], Any], output: Path) -> None:
+    """What `draw` makes of a result, as PNG beside its JSON file `output`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    save_plot(draw(result, pyplot), output.with_suffix(".png"))

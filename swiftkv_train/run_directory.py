@@ -154,7 +154,7 @@ class RunDirectory:
 
     @contextmanager
     def new_checkpoint(self, step: int, progress: dict[str, Any], keep_last: int) -> Iterator[Path]:
-        """A folder, `partial_checkpoint(step)`, to write a checkpoint into; other processes may write there too.
+        """A folder, `partial_checkpoint(step)`, to write a checkpoint into.
 
         When the block ends well it is flushed to disk and gets its name, and the `keep_last` newest up to it are kept:
         what is newer was found damaged, or the run would not have come to this step again. When the block or the disk

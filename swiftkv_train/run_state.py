@@ -97,32 +97,51 @@ def _is_empty(directory: Path) -> bool:
 
 
 class StateRecord:
-    """What to call the run when it ends without an error."""
+    """What to call the run when it ends without an error, and whether anything was trained."""
 
     ending = "finished"
+    trained = False
 
 
 @contextmanager
 def recorded_state(run: RunDirectory, lock: RunLock, *, enabled: bool) -> Iterator[StateRecord]:
-    """Keep state.json while the block runs, and let go of the lock then; not `enabled`: another process does."""
+    """Keep state.json while the block runs, and let go of the lock then; not `enabled`: another process does.
+
+    A block that ended before anything was trained leaves the state that a resumed run had.
+    """
     record = StateRecord()
     if not enabled:
         yield record
         return
     state: dict[str, Any] = {"state": "running", "started": now()}
+    before = _read(run)
+
+    def end(ending: str, **facts: str) -> None:
+        ended = {**state, "state": ending, "ended": now(), **facts}
+        _write(run, ended if record.trained or before is None else before)
+
     try:
         _write(run, state)
         try:
             yield record
         except (Stopped, KeyboardInterrupt):
-            _write(run, {**state, "state": "stopped", "ended": now()})
+            end("stopped")
             raise
         except BaseException as error:
-            _write(run, {**state, "state": "failed", "ended": now(), "error": one_line(error)})
+            end("failed", error=one_line(error))
             raise
-        _write(run, {**state, "state": record.ending, "ended": now()})
+        end(record.ending)
     finally:
         lock.release()
+
+
+def _read(run: RunDirectory) -> dict[str, Any] | None:
+    """The state of a run that has a checkpoint; other runs begin anew."""
+    if not checkpoint_paths(run.path / "checkpoints"):
+        return None
+    with suppress(UserError):  # damaged, hence nothing to keep
+        return run.read_json(STATE)
+    return None
 
 
 def _write(run: RunDirectory, state: dict[str, Any]) -> None:

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     from swiftkv_train.recipe import Recipe
 
 
+def check_parts(recipe: Recipe, processes: int) -> None:
+    """Raises UserError when so many processes, the sequence or the attention cannot be parted as the recipe says."""
+    size = recipe.distributed.sequence_parallel
+    key = f"distributed.sequence_parallel {size}"
+    if processes % size:
+        raise UserError(f"{key} does not divide the number of processes, {processes}")
+    if recipe.data.sequence_length % size:
+        raise UserError(f"{key} does not divide data.sequence_length {recipe.data.sequence_length}")
+    if size > 1 and recipe.model.attention != "sdpa":
+        raise UserError(f"{key} needs model.attention sdpa, not {recipe.model.attention}")
+
+
 def sequence_group(recipe: Recipe, accelerator: Accelerator) -> Any:
     """The group of this process, of `distributed.sequence_parallel` neighbours; None where sequences are whole.
 
@@ -35,14 +47,8 @@ def sequence_group(recipe: Recipe, accelerator: Accelerator) -> Any:
     size, processes = recipe.distributed.sequence_parallel, accelerator.num_processes
     if size == 1:
         return None
-    key = f"distributed.sequence_parallel {size}"
-    if processes % size:
-        raise UserError(f"{key} does not divide the number of processes, {processes}")
-    if recipe.data.sequence_length % size:
-        raise UserError(f"{key} does not divide data.sequence_length {recipe.data.sequence_length}")
-    if recipe.model.attention != "sdpa":
-        raise UserError(f"{key} needs model.attention sdpa, not {recipe.model.attention}")
-    deepspeed = import_deepspeed(key)
+    check_parts(recipe, processes)
+    deepspeed = import_deepspeed(f"distributed.sequence_parallel {size}")
     if not deepspeed.comm.is_initialized():  # its exchange goes through its own front of torch.distributed
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     neighbours = [list(range(first, first + size)) for first in range(0, processes, size)]

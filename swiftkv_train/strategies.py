@@ -123,6 +123,8 @@ class DataParallel:
             name, _, key = full_name.rpartition(":")
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
             value = _step_of(optimizer, tensor) if key == "step" else self._part(tensor, parameters[name])
+            if key in ("state1", "state2"):  # bitsandbytes' moments, which a paged optimizer keeps in memory of its own
+                value = optimizer.get_state_buffer(parameters[name], dtype=tensor.dtype).copy_(value)
             self.optimizer.state[parameters[name]][key] = value
 
     def close(self) -> None:
@@ -379,6 +381,18 @@ def _step_of(optimizer: torch.optim.Optimizer, step: torch.Tensor) -> torch.Tens
     return step if isinstance(optimizer, torch.optim.AdamW) else int(step)
 
 
+def check_precision(recipe: Recipe) -> None:
+    """Raises UserError where a recipe's dtype, optimizer or quantisation does not go with its strategy."""
+    name = recipe.distributed.strategy
+    for key, value, instead in (
+        ("model.dtype", recipe.model.dtype, "bfloat16"),
+        ("training.optimizer", recipe.training.optimizer, "adamw"),
+        ("model.quantization", recipe.model.quantization or "", "null"),
+    ):
+        if name != "ddp" and (value in ("float16", "int8", "nf4") or value.endswith("8bit")):
+            raise UserError(f"{key} {value} trains under distributed.strategy ddp only, not {name}; use {instead}")
+
+
 def make_strategy(recipe: Recipe) -> DataParallel:
     """The strategy of a recipe. Raises UserError when it cannot run here or the launcher was told something else."""
     name = recipe.distributed.strategy
@@ -391,13 +405,7 @@ def make_strategy(recipe: Recipe) -> DataParallel:
                 f"accelerate was launched with {launcher}, the recipe says distributed.strategy {name}; "
                 "set distributed.strategy and launch without it"
             )
-    for key, value, instead in (
-        ("model.dtype", recipe.model.dtype, "bfloat16"),
-        ("training.optimizer", recipe.training.optimizer, "adamw"),
-        ("model.quantization", recipe.model.quantization or "", "null"),
-    ):
-        if name != "ddp" and (value in ("float16", "int8", "nf4") or value.endswith("8bit")):
-            raise UserError(f"{key} {value} trains under distributed.strategy ddp only, not {name}; use {instead}")
+    check_precision(recipe)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and recipe.distributed.deepspeed_config is not None:
         raise UserError(

@@ -27,6 +27,11 @@ def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
         revision=recipe.model.revision,
         families=("llama",),
     )
+    return rewritten(base, recipe)
+
+
+def rewritten(base: Model, recipe: Recipe) -> LlamaSwiftKVForCausalLM:
+    """`base` in the form that a recipe wants. Raises UserError where it has none to train, or too short a context."""
     length, context = recipe.data.sequence_length, base.config.max_position_embeddings
     if length > context:
         raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")

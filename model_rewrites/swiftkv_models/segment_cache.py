@@ -228,15 +228,15 @@ class SinkWindowCache(Cache):
 
     @torch.inference_mode(False)
     def _begin(self, batch: int, device: torch.device) -> None:
+        if self.prefix_groups is not None and batch % len(self.prefix_groups):
+            raise ValueError(f"the cache was made for {len(self.prefix_groups)} rows of input_ids, not {batch}")
         self.inverse_frequencies = self.inverse_frequencies.to(device)
         self.row_indices = torch.arange(batch, device=device)
         self.positions = torch.empty(batch, self.num_slots + 1, dtype=torch.int32, device=device)
         self.lengths, self.pinned = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
         if self.prefix_groups is not None:
-            rows = len(self.prefix_groups)
-            if batch % rows:
-                raise ValueError(f"the cache was made for {rows} rows of input_ids, not {batch}")
-            groups = self.prefix_groups.repeat_interleave(batch // rows)  # beams, or several answers to a prompt
+            copies = batch // len(self.prefix_groups)  # beams, or several answers to a prompt
+            groups = self.prefix_groups.repeat_interleave(copies)
             self.prefix_groups, self.prefix_lengths = groups.to(device), self.prefix_lengths.to(device)
         self._forget()
 

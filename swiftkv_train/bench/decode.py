@@ -17,8 +17,8 @@ from swiftkv_models import optimize_for_cpu
 from swiftkv_train.bench.baselines import Dense, Ours, sharing_weights
 from swiftkv_train.bench.turns import in_turns, numbers_from, this_device
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
 from swiftkv_train.loading import Model, load_for_inference, load_model
+from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 
 SINKS = 4

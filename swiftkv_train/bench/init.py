@@ -8,7 +8,7 @@ from typing import Any
 
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
+from swiftkv_train.machine import environment
 from swiftkv_train.quality import by_kind, check_finite_quality
 from swiftkv_train.recipe import load_recipe
 

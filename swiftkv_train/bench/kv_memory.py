@@ -21,9 +21,10 @@ from swiftkv_train.bench.baselines import allocated_bytes, cache_tensors
 from swiftkv_train.bench.turns import this_device
 from swiftkv_train.data import tokenize_source
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
+from swiftkv_train.evaluate import parse_sources
 from swiftkv_train.evaluate.speed import cache_bytes_per_token
 from swiftkv_train.loading import Model, load_model, load_tokenizer
+from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, check_finite_quality, summarise, token_measures
 from swiftkv_train.recipe import Source
@@ -41,7 +42,7 @@ def measure(
     if sequence_length < 2:
         raise UserError(f"--sequence-length must be at least 2, not {sequence_length}")
     device = this_device()
-    sources = [_source(text) for text in data or []]
+    sources = parse_sources(data or [])
     model = load_model(base, families=("llama",)).to(device)
     scored = {"base": (base, "llama"), "checkpoint": (checkpoint, "llama_swiftkv")}
     models = {
@@ -112,13 +113,6 @@ def _bytes_per_token(model: Model, storage: str) -> float:
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)  # allocates
     return allocated_bytes(cache_tensors(cache)) / cache.num_slots
-
-
-def _source(text: str) -> Source:
-    name, separator, path = text.partition("=")
-    if not (name and separator and path):
-        raise UserError(f"--data {text!r} must look like NAME=PATH")
-    return Source(name=name, path=path)  # type: ignore[call-arg]
 
 
 def _rows_of_text(source: Source, base: str, model: Model, tokens: int, length: int) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from swiftkv_models.llama import uniform_groups
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
 from swiftkv_train.layer_choice import Predictor, look
+from swiftkv_train.machine import environment
 from swiftkv_train.quality import check_finite_quality, pooled
 from swiftkv_train.recipe import load_recipe
 

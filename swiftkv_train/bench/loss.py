@@ -20,6 +20,7 @@ from swiftkv_train.bench.memory import peak_in_own_process, peak_memory
 from swiftkv_train.bench.process import answer
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.loading import one_line
+from swiftkv_train.machine import environment, synchronize
 from swiftkv_train.progress import Reporter
 
 MODULE = "swiftkv_train.bench.loss"
@@ -148,8 +149,6 @@ def _cost(setting: Setting, repeats: int, race: Race) -> dict[str, Any]:
 
 
 def _seconds(name: str, tensors: tuple[Tensor, Tensor, Tensor]) -> float:
-    from swiftkv_train.evaluate.speed import synchronize  # brings much along that a peak's process does without
-
     synchronize(tensors[0].device)
     started = time.perf_counter()
     gradient(name, *tensors)
@@ -194,7 +193,6 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
 
 
 def _environment(dtype: str) -> dict[str, Any]:
-    from swiftkv_train.evaluate import environment
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return environment(torch.empty(0, dtype=getattr(torch, dtype), device=device))

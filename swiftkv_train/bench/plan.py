@@ -22,8 +22,8 @@ import yaml
 from swiftkv_train.bench.memory import most_allocated
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
 from swiftkv_train.fetch import fetch
+from swiftkv_train.machine import environment
 from swiftkv_train.plan import model_on_meta
 from swiftkv_train.plan.memory import training_memory
 from swiftkv_train.progress import Reporter

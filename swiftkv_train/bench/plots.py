@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from swiftkv_train.bench.shared_storage import PER_REQUEST, PLAIN
 from swiftkv_train.quality import OTHER_KINDS, TRAINED_ON
-from swiftkv_train.results import save_plot
 
 COLOURS = {
     "ours": "#1f77b4",
@@ -22,16 +19,6 @@ COLOURS = {
     "fp8": "#2ca02c",
 }
 MARKERS = "osD^vPX*"
-
-
-def plot(result: dict[str, Any], draw: Callable[[dict[str, Any], Any], Any], output: Path) -> None:
-    """What `draw` makes of a result, as PNG beside its JSON file `output`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    save_plot(draw(result, pyplot), output.with_suffix(".png"))
 
 
 def _panels(pyplot: Any, count: int, height: float = 3.6) -> tuple[Any, list[Any]]:

@@ -8,9 +8,9 @@ import torch
 
 from swiftkv_train.bench import whole_numbers
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
 from swiftkv_train.evaluate.speed import time_to_first_token
 from swiftkv_train.loading import load_for_inference
+from swiftkv_train.machine import environment
 
 
 def measure(checkpoint: str, base: str, lengths: str, repeats: int) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def measure(checkpoint: str, base: str, lengths: str, repeats: int) -> dict[str,
     config = student.config
     return {
         "benchmark": "time to first token, SwiftKV over base",
-        "command": f"swiftkv bench prefill {checkpoint} --base {base} --lengths {lengths}",
+        "command": f"swiftkv bench prefill {checkpoint} --base {base} --lengths {lengths} --repeats {repeats}",
         "environment": environment(student),
         "num_key_value_layers": config.num_key_value_layers,
         "num_hidden_layers": config.num_hidden_layers,

@@ -16,7 +16,7 @@ from typing import Any
 
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.evaluate import environment
+from swiftkv_train.machine import environment
 from swiftkv_train.origin import recipe_origin
 from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
 from swiftkv_train.recipe import Recipe, Source, load_recipe

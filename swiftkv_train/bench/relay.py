@@ -40,8 +40,8 @@ from swiftkv_train.bench.turns import (
     this_device,
 )
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.evaluate import environment
 from swiftkv_train.loading import load_for_inference
+from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 
 DTYPES = ("float32", "bfloat16", "float16")

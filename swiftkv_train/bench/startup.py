@@ -80,7 +80,7 @@ def _line(row: dict[str, Any]) -> str:
 def _environment() -> dict[str, Any]:
     import torch
 
-    from swiftkv_train.evaluate import environment
+    from swiftkv_train.machine import environment
 
     facts = environment(torch.empty(0))
     del facts["dtype"]  # there are only tokens

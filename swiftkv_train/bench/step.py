@@ -14,8 +14,7 @@ from swiftkv_train.bench.process import answer
 from swiftkv_train.bench.reference import ReferenceStep
 from swiftkv_train.distill import DistillationModule
 from swiftkv_train.errors import RunError
-from swiftkv_train.evaluate import environment
-from swiftkv_train.evaluate.speed import synchronize
+from swiftkv_train.machine import environment, synchronize
 from swiftkv_train.student import trainable_parameters, use_training_attention
 
 TEMPERATURE = 2.0
@@ -46,7 +45,8 @@ def measure(model: str, batch_size: int, sequence_length: int, repeats: int) -> 
     memory = peaks["swiftkv_train"] / peaks["reference"]
     return {
         "benchmark": "distillation step against a reference-style step",
-        "command": f"swiftkv bench step {model} --batch-size {batch_size} --sequence-length {sequence_length}",
+        "command": f"swiftkv bench step {model} --batch-size {batch_size} --sequence-length {sequence_length} "
+        f"--repeats {repeats}",
         "environment": facts,
         "batch_size": batch_size,
         "sequence_length": sequence_length,

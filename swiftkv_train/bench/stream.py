@@ -30,9 +30,8 @@ from swiftkv_train.bench.turns import (
     target_lines,
 )
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate import environment
-from swiftkv_train.evaluate.speed import synchronize
 from swiftkv_train.loading import Model, load_for_inference
+from swiftkv_train.machine import environment, synchronize
 from swiftkv_train.progress import Reporter
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts bytes, else tells of each start
@@ -48,6 +47,7 @@ TARGETS = {
 TARGET_WINDOWS = (1024, 4096)
 LENGTHS = 4  # of the stream at which a token is timed: tokens, and half of that, ...
 POINTS = 100  # of a long run
+FIRST_POINTS = 10  # of them, in which the window and the allocator's pools fill: left out of its trend
 
 
 @torch.no_grad()
@@ -67,6 +67,8 @@ def measure(
             raise UserError(
                 f"{option} {length} must be more than the {sinks + largest} of sinks and window: only then is it full"
             )
+    if long and long <= (FIRST_POINTS + 1) * chunk:
+        raise UserError(f"--long {long} must be more than {FIRST_POINTS + 1} chunks of {chunk}: a trend takes points")
     model = load_for_inference(path)
     rows, attention = [], []
     with Reporter().bar("stream", len(sizes) * LENGTHS, "lengths") as advance:
@@ -185,7 +187,7 @@ def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dic
                     {"tokens": fed, "seconds_per_token": statistics.median(seconds), "resident_bytes": resident}
                 )
                 seconds = []
-    full = points[max(1, POINTS // 10) :]  # the first of them fill the window and the allocator's pools
+    full = points[FIRST_POINTS:]
     return {
         "window": window,
         "sinks": sinks,

@@ -11,8 +11,8 @@ import torch
 
 from swiftkv_train.bench import whole_numbers
 from swiftkv_train.errors import UserError
-from swiftkv_train.evaluate.speed import synchronize
 from swiftkv_train.loading import one_line
+from swiftkv_train.machine import synchronize
 
 OURS = "ours"
 Cell = dict[str, Any]

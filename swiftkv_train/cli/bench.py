@@ -32,7 +32,7 @@ def _finish(result: dict[str, Any], output: Path | None, as_json: bool, draw: An
 
     finish(result, output, as_json)
     if draw is not None and output is not None:
-        from swiftkv_train.bench.plots import plot
+        from swiftkv_train.results import plot
 
         plot(result, draw, output)
 

@@ -6,8 +6,6 @@ exactly what the run that never stopped saw.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Collection
@@ -134,9 +132,6 @@ class TrainingData:
         ]
         self._schedule = Schedule(self.weights)
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
-        stream = [STREAM_VERSION, [source.fingerprint for source in sources], self.weights]
-        stream += [sequence_length, seed, pad_token_id]
-        self.fingerprint = hashlib.sha256(json.dumps(stream).encode()).hexdigest()
 
     def sequence(self, i: int) -> Sequence:
         """Sequence i >= 0 of the stream, arrays of [T]."""
@@ -186,8 +181,6 @@ def held_out_batches(
     max_tokens: int,
     batch_size: int,
     pad_token_id: int,
-    *,
-    source_id: int = 0,
 ) -> list[Batch]:
     """Sequences of a source, its documents in their order, as batches of at most `batch_size` sequences.
 
@@ -211,8 +204,7 @@ def held_out_batches(
         chosen = useful[(2 * np.arange(number) + 1) * len(useful) // (2 * number)]
     pieces = [slice(*bounds[index : index + 2]) for index in chosen]
     sequences = [
-        (fill_sequence(source, starts[piece], lengths[piece], sequence_length, pad_token_id), source_id)
-        for piece in pieces
+        (fill_sequence(source, starts[piece], lengths[piece], sequence_length, pad_token_id), 0) for piece in pieces
     ]
     return [_stack(sequences[at : at + batch_size]) for at in range(0, len(sequences), batch_size)]
 

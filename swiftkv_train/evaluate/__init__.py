@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from swiftkv_train.evaluate.report import check_report, write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
 from swiftkv_train.export.card import replace_figures
 from swiftkv_train.loading import Model, Tokenizer, load_for_inference, load_tokenizer, pad_token_id
+from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import check_finite_quality, summarise
 from swiftkv_train.recipe import Recipe, Source
@@ -74,12 +74,9 @@ def evaluate(
         raise UserError(f"{base} is not the model that {checkpoint} was made from: {odd} differs; give that model")
     recipe = _recipe_of(checkpoint)
     recipes = (recipe.data.test or recipe.data.held_out) if recipe else []
-    sources = [_parse_source(text) for text in data] if data else recipes
+    sources = parse_sources(data) if data else recipes
     if not sources:
         raise UserError(f"{checkpoint} names no held-out data; give --data NAME=PATH")
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        raise UserError(f"--data names {max(names, key=names.count)!r} twice; give each source its own name")
     trained_kinds = {source.name for source in recipe.data.train} if recipe else set()
     length = recipe.data.sequence_length if recipe else 512
     cache_dir = recipe.data.cache_dir if recipe else "outputs/token-cache"
@@ -174,31 +171,6 @@ def answer(model: Model, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> 
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def environment(model: Model) -> dict[str, Any]:
-    """What a measured number depends on."""
-    import transformers
-
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _recipe_of(checkpoint: str) -> Recipe | None:
     file = Path(checkpoint) / "swiftkv.json"
     if not file.is_file():
@@ -211,11 +183,17 @@ def _recipe_of(checkpoint: str) -> Recipe | None:
         raise UserError(f"{file} is damaged; export the checkpoint again or give --data NAME=PATH") from None
 
 
-def _parse_source(text: str) -> Source:
-    name, separator, path = text.partition("=")
-    if not separator or not name or not path:
-        raise UserError(f"--data {text!r} must look like NAME=PATH")
-    return Source(name=name, path=path)  # type: ignore[call-arg]
+def parse_sources(data: Sequence[str]) -> list[Source]:
+    """--data NAME=PATH, of which each has a name of its own. Raises UserError."""
+    sources: list[Source] = []
+    for text in data:
+        name, separator, path = text.partition("=")
+        if not separator or not name or not path:
+            raise UserError(f"--data {text!r} must look like NAME=PATH")
+        if any(source.name == name for source in sources):
+            raise UserError(f"--data names {name!r} twice; give each source its own name")
+        sources.append(Source(name=name, path=path))  # type: ignore[call-arg]
+    return sources
 
 
 def _parse_gate(text: str) -> tuple[str, float]:

@@ -10,9 +10,8 @@ import torch
 
 from swiftkv_train.data import Batch
 from swiftkv_train.loading import Model
-from swiftkv_train.quality import Quality, summarise, token_measures
+from swiftkv_train.quality import ROWS, Quality, summarise, token_measures
 
-ROWS = 256  # tokens whose logits [ROWS, vocabulary] exist at a time
 SMALLEST_BUCKET = 16
 UNCHANGED = (  # settings that shapes do not tell of
     "num_hidden_layers",

@@ -10,11 +10,7 @@ from typing import Any
 import torch
 
 from swiftkv_train.loading import Model
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+from swiftkv_train.machine import synchronize
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_in_clean_process, check_stored
 from swiftkv_train.fetch.staging import staged
 from swiftkv_train.loading import load_tokenizer
-from swiftkv_train.origin import base_changes, listed
+from swiftkv_train.origin import adapter_changes, base_changes, listed
 from swiftkv_train.results import check_writable
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.student import build_model, load_trained, merge_adapters
@@ -51,6 +51,10 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     model = build_model(recipe)
     if changes := base_changes(checkpoint.progress["content"], recipe.model):
         raise UserError(f"{checkpoint.path} was trained on another base: {listed(changes)}; restore that")
+    if changes := adapter_changes(checkpoint.progress["recipe"], recipe):
+        raise UserError(
+            f"{checkpoint.path} was trained before {run.recipe_path} changed: {listed(changes)}; restore that"
+        )
     load_trained(model, merge_adapters(checkpoint.weights(), recipe.training.lora), str(checkpoint.path))
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     provenance = {

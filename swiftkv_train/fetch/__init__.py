@@ -60,7 +60,7 @@ def fetch(
     source: str,
     to: Path,
     *,
-    data_dir: Path | None = Path("data/demo"),
+    data_dir: Path | None = None,
     revision: str | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
@@ -68,7 +68,7 @@ def fetch(
 
     `source` is a name in CATALOGUE, `debug` (a tiny random model made on the spot), a local model directory, a Llama
     GGUF file, or a hub id (`owner/name`, at `revision`). A catalogue entry also brings the demo text and chats, and
-    `debug` its own, into `data_dir` unless that is None.
+    `debug` its own, where a `data_dir` is given.
     What is already there and intact is left alone; data of an earlier version, unchanged, is replaced; anything else
     there is never overwritten (UserError). Both directories appear whole or not at all.
     """

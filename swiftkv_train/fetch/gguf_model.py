@@ -80,9 +80,7 @@ def _open(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(
-            f"{path} is not a whole GGUF file: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
+        raise UserError(f"{path} is not a whole GGUF file: {one_line(error)}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

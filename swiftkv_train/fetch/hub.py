@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swiftkv_train.errors import UserError
 from swiftkv_train.fetch.local import COMPANIONS
+from swiftkv_train.loading import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Never pickled weights; no copies of the model in other formats that some repositories keep beside it.
@@ -46,16 +47,12 @@ def snapshot(hub_id: str, revision: str | None) -> Path:
             "or name a local directory"
         ) from None
     except errors.HfHubHTTPError as error:
-        raise UserError(f"the hub refused {at}: {_first_line(error)}") from None
+        raise UserError(f"the hub refused {at}: {one_line(error)}") from None
     except Exception as error:
         # Which library talks to the network has changed between versions of huggingface_hub.
         library = type(error).__module__.split(".")[0]
         if library in ("httpx", "httpcore", "requests") or isinstance(error, ConnectionError | TimeoutError):
             raise UserError(
-                f"the hub cannot be reached for {at}: {_first_line(error)}; try again or name a local directory"
+                f"the hub cannot be reached for {at}: {one_line(error)}; try again or name a local directory"
             ) from None
         raise
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -140,7 +140,7 @@ def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # config classes raise their own types for a field that is out of range
-        raise UserError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise UserError(f"{directory / 'config.json'}: {one_line(error)}") from None
 
 
 def _shards(directory: Path) -> dict[str, list[str]]:

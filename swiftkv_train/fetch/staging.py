@@ -102,7 +102,12 @@ def staged(final: Path, replaceable: Callable[[], bool] | None = None) -> Iterat
             sync_tree(stage)
             if replaceable and final.exists() and replaceable():
                 os.rename(final, replaced)
-            os.rename(stage, final)  # replaces an empty directory, fails on one that was filled meanwhile
+            try:
+                os.rename(stage, final)  # replaces an empty directory, fails on one that was filled meanwhile
+            except OSError:
+                if replaced.exists():
+                    os.rename(replaced, final)
+                raise
             sync(final.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

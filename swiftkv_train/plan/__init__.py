@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from swiftkv_models import LlamaSwiftKVForCausalLM, RewriteError, rewrite
+from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.errors import UserError
 from swiftkv_train.flops import causal_pairs, distillation_flops
 from swiftkv_train.loading import dtype_of, load_config, one_line
@@ -17,8 +17,9 @@ from swiftkv_train.plan.advice import first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
 from swiftkv_train.plan.memory import training_memory
 from swiftkv_train.recipe import Recipe
-from swiftkv_train.sequence_parallel import check_heads
-from swiftkv_train.student import add_adapters, trainable_parameters
+from swiftkv_train.sequence_parallel import check_heads, check_parts
+from swiftkv_train.strategies import check_precision
+from swiftkv_train.student import add_adapters, rewritten, trainable_parameters
 
 
 def plan(
@@ -42,8 +43,8 @@ def plan(
     """
     training, length = recipe.training, recipe.data.sequence_length
     group = recipe.distributed.sequence_parallel
-    if processes % group:
-        raise UserError(f"distributed.sequence_parallel {group} does not divide the number of processes, {processes}")
+    check_precision(recipe)
+    check_parts(recipe, processes)
     if training.batch_size < processes // group:
         sharing = f"{processes // group} processes or groups that share it"
         raise UserError(f"training.batch_size {training.batch_size} is smaller than the {sharing}")
@@ -104,21 +105,12 @@ def plan(
 def model_on_meta(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     """The model that the recipe trains, adapters too, without its weights: only the base's configuration is read."""
     config = load_config(recipe.model.base, revision=recipe.model.revision, families=("llama",))
-    length, context = recipe.data.sequence_length, config.max_position_embeddings
-    if length > context:
-        raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")
-    first, layers = recipe.rewrite.num_key_value_layers, config.num_hidden_layers
-    if first == layers:
-        raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
     with torch.device("meta"):
         try:
             base = AutoModelForCausalLM.from_config(config, dtype=dtype_of(recipe.model.dtype))
         except Exception as error:  # whatever the settings of a damaged config lead to
             raise UserError(f"model {recipe.model.base}: no model follows from its config: {one_line(error)}") from None
-        try:
-            model = rewrite(base, **recipe.rewrite.form())
-        except RewriteError as error:
-            raise UserError(f"rewrite: {error}") from None
+        model = rewritten(base, recipe)
         if recipe.training.lora is not None:
             add_adapters(model, recipe.training.lora)
     return model

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.results import check_target, plot_of, write_result
+from swiftkv_train.results import check_target, plot, plot_of, write_result
 
 
 def check(path: Path) -> None:
@@ -19,8 +19,6 @@ def check(path: Path) -> None:
 
 def write(result: dict[str, Any], path: Path) -> None:
     """As JSON, and a plot beside it."""
-    from swiftkv_train.bench.plots import plot
-
     write_result("--layers", path, result, f"model {result['base']}")
     plot(result, draw, path)
 

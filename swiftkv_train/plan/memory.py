@@ -31,13 +31,13 @@ from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
 from swiftkv_train.calibrate import score_bytes
 from swiftkv_train.loading import dtype_of
+from swiftkv_train.quality import ROWS
 from swiftkv_train.quantized_base import BYTES, quantizable_layers
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.strategies import deepspeed_config
 from swiftkv_train.student import trainable_parameters
 
 FP32 = 4
-EVALUATED_ROWS = 256  # as `DistillationModule.compare` takes them
 # Bytes of AdamW's moments per trained parameter; 8-bit ones have two fp32 scales for every 256 parameters.
 MOMENTS = {"adamw": 2 * FP32, "adamw_8bit": 2 + 2 * FP32 / 256, "paged_adamw_8bit": 2 + 2 * FP32 / 256}
 # DeepSpeed's defaults, in elements.
@@ -251,7 +251,7 @@ class TailMemory:
 
     def evaluation(self) -> int:
         """Held while the two models' logits of some rows are compared (`quality.token_measures`)."""
-        logits = EVALUATED_ROWS * self.vocabulary * (2 * self.itemsize + 5 * FP32)
+        logits = ROWS * self.vocabulary * (2 * self.itemsize + 5 * FP32)
         return 4 * self.rows * self.length * self.hidden * self.itemsize + logits
 
     def backward(self) -> int:

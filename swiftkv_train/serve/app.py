@@ -1,6 +1,6 @@
 """The routes: an OpenAI-compatible API over an `Engine`.
 
-    POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{id}   GET /health
+    POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{id}   GET /health   GET /metrics
 
 Every answer that is not a success is {"error": {message, type, param, code}}. Leaving early cancels the request.
 """
@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from swiftkv_train.errors import UserError
 from swiftkv_train.serve.api_error import ApiError
 from swiftkv_train.serve.contract import (
     Engine,
+    EngineStats,
     EngineStoppingError,
     GenerationError,
     GenerationRequest,
@@ -129,7 +131,22 @@ def create_app(
         _check_accepting(engine)
         return {"status": "ok"}
 
+    @app.get("/metrics", dependencies=keyed)
+    async def metrics() -> Response:
+        return Response(_prometheus(engine.stats()), media_type="text/plain; version=0.0.4")
+
     return app
+
+
+def _prometheus(stats: EngineStats) -> str:
+    """In the text format of Prometheus: what is in the engine now, and what has been since it started."""
+    lines = []
+    for name, value in asdict(stats).items():
+        now = name in ("running", "waiting")
+        what = name if name.endswith("_tokens") else f"requests_{name}"
+        metric = f"swiftkv_{what}" if now else f"swiftkv_{what}_total"
+        lines += [f"# TYPE {metric} {'gauge' if now else 'counter'}", f"{metric} {value}"]
+    return "\n".join(lines) + "\n"
 
 
 def check_api_key(api_key: str | None) -> None:

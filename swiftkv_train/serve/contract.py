@@ -38,7 +38,6 @@ class TokenEvent:
     token_id: int
     text: str  # what became final with this token, often empty
     finish_reason: FinishReason | None = None  # set on the last event
-    logprob: float | None = None
 
 
 @dataclass(frozen=True)

@@ -243,9 +243,9 @@ class GenerateEngine:
                     return
                 job = self._running = self._waiting.popleft()
                 self._count(prompt_tokens=len(job.request.prompt_token_ids))
-            sink = _TokenSink(job, self._decoding_tokenizer, self._end_token_ids(job.request))
-            failed = 0
+            sink, failed = None, 0
             try:
+                sink = _TokenSink(job, self._decoding_tokenizer, self._end_token_ids(job.request))
                 self._generate(job.request, sink)
                 if sink.finish_reason is None and not job.cancelled:
                     raise RuntimeError("generate ended before the request did")
@@ -254,10 +254,9 @@ class GenerateEngine:
                 failed = 1
             with self._changed:
                 self._running = None
-                finished = int(sink.finish_reason is not None and not failed)
-                self._count(
-                    generated_tokens=sink.tokens, finished=finished, failed=failed, cancelled=1 - finished - failed
-                )
+                finished = int(sink is not None and sink.finish_reason is not None and not failed)
+                tokens = 0 if sink is None else sink.tokens
+                self._count(generated_tokens=tokens, finished=finished, failed=failed, cancelled=1 - finished - failed)
                 self._changed.notify_all()
             if failed:
                 job.emit(GenerationError())

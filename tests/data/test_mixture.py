@@ -112,19 +112,6 @@ def test_the_seed_changes_the_order(make_source):
     assert not torch.equal(first.input_ids, second.input_ids)
 
 
-def test_the_fingerprint_is_of_all_that_decides_the_stream(make_source):
-    same = stream(make_source).fingerprint
-    assert stream(make_source).fingerprint == same
-    others = [
-        stream(make_source, (1.0, 3.0)),
-        stream(make_source, seed=1),
-        stream(make_source, length=4),
-        stream(make_source, pad=1),
-        TrainingData([make_source([8] * 5, name="s0"), make_source([8] * 9, name="s1")], (1.0, 2.0), 8, 0, 0),
-    ]
-    assert len({same, *(data.fingerprint for data in others)}) == 6
-
-
 def test_describe_counts(make_source):
     sources = [make_source([6, 2, 1, 9], name="a"), make_source([4, 4], [0, 1, 1, 0] * 2, name="b")]
     a, b = TrainingData(sources, [3.0, 1.0], 8, 0, 0).describe()

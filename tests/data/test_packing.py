@@ -168,12 +168,11 @@ def test_packed_logits_are_those_of_the_documents_alone(how, attention, make_sou
 
 def test_held_out_batches_keep_the_documents_order_and_the_token_limit(make_source):
     source = make_source([5, 9, 3, 30, 2, 7, 1, 16, 4], name="h")
-    batches = held_out_batches(source, 16, 10**6, 2, PAD, source_id=3)
+    batches = held_out_batches(source, 16, 10**6, 2, PAD)
     ids = torch.cat([batch.input_ids for batch in batches]).flatten()
     expected = [token for token in range(source.num_tokens) if token != 5 + 9 + 3 + 30 + 2 + 7]  # the 1-token document
     assert ids[ids != PAD].tolist() == expected
     assert [len(batch.input_ids) for batch in batches[:-1]] == [2] * (len(batches) - 1)
-    assert all((batch.source_ids == 3).all() for batch in batches)
 
     def tokens(limit):
         found = held_out_batches(source, 16, limit, 2, PAD)

@@ -1,4 +1,5 @@
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -184,6 +185,23 @@ def test_an_earlier_version_is_replaced(tmp_path):
     assert left_in(tmp_path) == ["out"]
     assert left_in(tmp_path / "out") == ["a", "fetch.json"]
     assert already_there(tmp_path / "out", "here", "2", ("1",))
+
+
+def test_an_earlier_version_stays_where_it_cannot_be_replaced(tmp_path, monkeypatch):
+    make(tmp_path / "out")
+    before = (tmp_path / "out/a").read_text()
+    rename = os.rename
+
+    def refusing(source, target):
+        if ".partial-" in str(source):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refusing)
+    with pytest.raises(RunError, match="Input/output error"):
+        replace(tmp_path / "out")
+    assert left_in(tmp_path) == ["out"]
+    assert (tmp_path / "out/a").read_text() == before
 
 
 def add(out):

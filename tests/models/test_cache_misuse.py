@@ -249,6 +249,19 @@ def test_prompts_of_the_wrong_form(given, message):
         new_cache(model, prefixes=prefix, **given)
 
 
+def test_a_cache_takes_its_rows_after_others_were_refused(monkeypatch):
+    monkeypatch.setattr("swiftkv_models.segment_cache.sharing_pays", lambda *_: True)
+    model = swiftkv_model()
+    prefix = SharedPrefix.from_ids(model, random_ids(1, 20)[0])
+    rows = torch.stack([torch.cat([torch.tensor(prefix.token_ids), random_ids(1, 4, seed=s)[0]]) for s in (1, 2, 3)])
+    cache = new_cache(model, prefixes=prefix, input_ids=rows)
+    with pytest.raises(ValueError, match="made for 3 rows of input_ids, not 2"):
+        logits(model, rows[:2, 20:], cache)
+    found = logits(model, rows[:, 20:], cache)
+    cache.reset()
+    torch.testing.assert_close(logits(model, rows[:, 20:], cache), found)
+
+
 def test_a_copied_prefix_of_another_model():
     model, other = swiftkv_model(), swiftkv_model(num_key_value_heads=1)
     prefix = SharedPrefix.from_ids(other, random_ids(1, 4)[0])

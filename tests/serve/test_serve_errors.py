@@ -169,6 +169,7 @@ def test_key_is_required_where_work_is_done(random_model: LlamaForCausalLM, toke
                 it.post(TEXT, "/v1/completions", headers=headers),
                 httpx.get(f"{it.url}/v1/models", headers=headers),
                 httpx.get(f"{it.url}/v1/models/tiny", headers=headers),
+                httpx.get(f"{it.url}/metrics", headers=headers),
             ):
                 assert error_of(response, 401)["code"] == "invalid_api_key"
                 assert response.headers["www-authenticate"] == "Bearer"

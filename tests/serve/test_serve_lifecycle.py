@@ -55,6 +55,10 @@ def test_leaving_a_stream_aborts_it(endless: Running) -> None:
     assert (stats.cancelled, stats.finished, stats.failed) == (1, 0, 0)
     assert 0 < stats.generated_tokens < 90_000
     assert endless.post(SHORT).status_code == 200
+    lines = httpx.get(f"{endless.url}/metrics").text.splitlines()
+    assert {"swiftkv_requests_finished_total 1", "swiftkv_requests_cancelled_total 1"} <= set(lines)
+    assert {"# TYPE swiftkv_requests_running gauge", "swiftkv_requests_running 0"} <= set(lines)
+    assert f"swiftkv_generated_tokens_total {endless.engine.stats().generated_tokens}" in lines
 
 
 def test_leaving_a_whole_answer_aborts_it(endless: Running) -> None:

@@ -304,6 +304,11 @@ def test_quality_of_a_storage_format_is_what_decoding_with_it_has(model, random_
         (["stream", "models/debug", "--windows", "0"], "--windows '0': every number must be at least 1"),
         (["stream", "models/debug", "--windows", "64", "--tokens", "68"], "--tokens 68 must be more than the 68"),
         (["stream", "models/debug", "--windows", "64", "--long", "60"], "--long 60 must be more than the 68"),
+        (
+            ["stream", "models/debug", "--windows", "64", "--long", "704"],
+            "--long 704 must be more than 11 chunks",
+        ),
+        (["kv-memory", "models/debug", "--data", "x=a", "--data", "x=b"], "--data names 'x' twice"),
         (["stream", "models/debug", "--contenders", "dense,paged"], "'paged' is not known; use ours, re-rotate"),
         (["stream", "absent/model", "--windows", "16"], "model absent/model"),
         (["relay", "--batch", "1,x"], "--batch '1,x' must look like"),

@@ -11,6 +11,12 @@ from swiftkv_train.data import Batch
 from swiftkv_train.divergence import FEWEST, MOST_OVERFLOWS, WINDOW, Divergence, save_failed_batch
 
 
+def after(losses, max_loss_ratio=10.0):
+    divergence = Divergence(max_loss_ratio)
+    divergence.restore({"losses": losses, "overflows": 0})
+    return divergence
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_a_problem_whatever_the_ratio(value):
     divergence = Divergence(0.0)
@@ -21,24 +27,35 @@ def test_what_is_no_number_is_a_problem_whatever_the_ratio(value):
 
 def test_a_loss_is_held_against_the_median_of_those_before():
     losses = [0.1, 0.2, 5.0] * FEWEST
-    assert Divergence(10.0, losses).loss_problem(1.99) is None
-    found = Divergence(10.0, losses).loss_problem(2.4)
+    assert after(losses).loss_problem(1.99) is None
+    found = after(losses).loss_problem(2.4)
     assert found == "the loss is 2.4, 12 times its running median (training.max_loss_ratio is 10),"
-    assert Divergence(0.0, losses).loss_problem(1e9) is None
+    assert after(losses, 0.0).loss_problem(1e9) is None
 
 
 def test_the_first_losses_have_nothing_to_be_held_against():
-    divergence = Divergence(10.0, [0.1] * (FEWEST - 2))
+    divergence = after([0.1] * (FEWEST - 2))
     assert divergence.loss_problem(50.0) is None
     assert divergence.loss_problem(50.0) is None
     assert divergence.loss_problem(50.0) is not None
 
 
 def test_only_the_last_losses_count():
-    divergence = Divergence(10.0, [100.0] * WINDOW)
+    divergence = after([100.0] * WINDOW)
     for _ in range(WINDOW // 2 + 1):
         assert divergence.loss_problem(1.0) is None
     assert divergence.loss_problem(11.0) is not None
+
+
+def test_one_that_is_restored_judges_as_the_one_before():
+    before = Divergence(10.0, loss_scaling=True)
+    for _ in range(FEWEST):
+        before.loss_problem(1.0)
+    before.gradient_problem(math.inf)
+    restored = Divergence(10.0, loss_scaling=True)
+    restored.restore(json.loads(json.dumps(before.state())))
+    assert restored.state() == before.state() == {"losses": [1.0] * FEWEST, "overflows": 1}
+    assert restored.loss_problem(11.0) == before.loss_problem(11.0) is not None
 
 
 def test_under_loss_scaling_only_many_overflows_in_a_row_are_a_problem():

@@ -255,6 +255,14 @@ def test_a_run_that_cannot_fit_is_told_so(swiftkv):
         (["--device", "cpu", "--gpu-memory", "24"], "--gpu-memory goes with --device cuda"),
         (["--processes", "9"], "training.batch_size 8 is smaller"),
         (["--processes", "3", "distributed.sequence_parallel=2"], "does not divide"),
+        (
+            ["--processes", "2", "distributed.sequence_parallel=2", "data.sequence_length=63"],
+            "does not divide data.",
+        ),
+        (
+            ["--processes", "4", "distributed.strategy=zero2", "model.dtype=float16"],
+            "trains under distributed.strategy",
+        ),
         (["model.base=nobody/nothing"], "model nobody/nothing: config cannot be read"),
         (["--processes", "4", "distributed.sequence_parallel=4"], "4 does not divide the model's 2 K/V heads"),
         (["data.sequence_length=5000"], "data.sequence_length 5000 is longer than the context"),

@@ -87,6 +87,12 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_key(override, says):
     assert refusal(TEXT, override).startswith(f"recipe r.yaml: {says}")
 
 
+def test_an_override_may_go_into_a_section_that_is_left_out_or_null():
+    for text in (TEXT, TEXT + "\nlogging: {wandb: null}\n"):
+        assert parse(text, "logging.wandb.project=mine").logging.wandb.project == "mine"
+    assert parse(parse(TEXT).to_yaml(), "logging.wandb.project=mine").logging.wandb.project == "mine"
+
+
 @pytest.mark.parametrize("key", ["model.base", "training.steps", "data.train.0.name"])
 def test_a_missing_key_is_named(key):
     content = yaml.safe_load(TEXT)

@@ -109,7 +109,7 @@ def test_nothing_in_training_is_random(make_recipe):
     before = generators()
     distillation.train_step()
     distillation.evaluate()
-    distillation.checkpoints.save(1)
+    distillation.checkpoints.save(1, distillation.divergence)
     assert generators() == before
 
 
@@ -275,6 +275,53 @@ def test_an_allowed_change_of_the_recipe_is_told_and_kept(finished, capfd):
     assert finished(training__steps=5, training__learning_rate=0.001) == 0
     with pytest.raises(UserError, match="steps was 5, is now 4"):
         finished(training__learning_rate=0.001)
+
+
+def test_moments_of_another_optimizer_are_refused_even_when_changes_are_allowed(finished):
+    with pytest.raises(UserError, match=r"holds the state of training\.optimizer adamw, not of paged_adamw_8bit"):
+        finished(allow_changed=True, training__optimizer="paged_adamw_8bit")
+    assert finished() == 0
+
+
+def test_adapters_are_not_merged_at_another_scale_than_they_were_trained_at(make_recipe, place, monkeypatch):
+    settings = {"training__trainable": "lora", "training__lora": {"rank": 4, "alpha": 8}}
+    recipe = make_recipe(**settings)
+    assert distill(recipe, quiet=True) == 0
+    run = place / recipe.training.output_dir
+    cut_back(run, 2)
+
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    settings["training__lora"] = {"rank": 4, "alpha": 64}
+    monkeypatch.setattr(Distillation, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_recipe(**settings), resume=True, allow_changed=True, quiet=True)
+    with pytest.raises(
+        UserError, match=r"step-000002 was trained before .* changed: training\.lora\.alpha was 8, is now 64"
+    ):
+        export(run, place / "checkpoint", report=lambda text: None)
+
+
+def test_the_guard_remembers_every_loss_though_few_are_logged(make_recipe, place):
+    recipe = make_recipe(training__log_every=3)
+    assert distill(recipe, quiet=True) == 0
+    resumed = Distillation(recipe, resume=True, quiet=True)
+    resumed.prepare()
+    assert len(resumed.divergence.losses) == recipe.training.steps == 4
+    assert len([row for row in metrics(place / recipe.training.output_dir) if "loss" in row]) == 2
+
+
+def test_a_resume_that_is_refused_leaves_the_state_as_it_was(make_recipe, place):
+    recipe = make_recipe()
+    assert distill(recipe, quiet=True) == 0
+    state = place / recipe.training.output_dir / "state.json"
+    before = state.read_text()
+    with (own_copy(place, "data") / "debug/chats.train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Hello?", "response": "Goodbye."}) + "\n")
+    with pytest.raises(UserError, match="cannot be resumed"):
+        distill(recipe, resume=True, quiet=True)
+    assert state.read_text() == before
 
 
 def test_a_rewrite_of_another_shape_is_refused_even_when_changes_are_allowed(finished):
