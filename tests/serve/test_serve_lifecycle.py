@@ -92,8 +92,11 @@ def test_full_queue_is_429_and_those_that_wait_are_answered(endless: Running) ->
         assert [future.result(WAIT_S).status_code for future in waiting] == [200, 200]
 
 
-def test_drain_answers_503_and_lets_the_admitted_finish(endless: Running) -> None:
+def test_drain_answers_503_and_lets_the_admitted_finish(
+    endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with (
+        running(endless_model, tokenizer, drain_timeout=60, max_output_tokens=90_000) as endless,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
         streaming(endless.url, {**ENDLESS, "max_tokens": 1500}) as lines,
     ):
@@ -108,8 +111,8 @@ def test_drain_answers_503_and_lets_the_admitted_finish(endless: Running) -> Non
         assert rest[-1] == "data: [DONE]"
         assert len(rest) == 1500 + 1  # a's, the last one with the finish reason
         assert queued.result(WAIT_S).json()["usage"]["completion_tokens"] == 3
-    endless.thread.join(WAIT_S)
-    assert not endless.thread.is_alive()
+        endless.thread.join(WAIT_S)
+        assert not endless.thread.is_alive()
 
 
 def test_drain_is_bounded(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
