@@ -25,12 +25,13 @@ def where(result: dict[str, Any]) -> str:
     return ", ".join([facts["device"], f"{facts['threads']} threads", *dtype, *versions, facts["date"]])
 
 
-def quickstart() -> str:
+def report_of(name: str, *, speed: bool) -> str:
+    """What `swiftkv evaluate` found."""
     from swiftkv_train.evaluate.report import quality_table, speed_table
 
-    report = load("quickstart.json")
-    source = f"`benchmarks/quickstart.json`: {where(report)}."
-    return "\n\n".join([quality_table(report), speed_table(report), source])
+    report = load(name)
+    tables = [quality_table(report), *([speed_table(report)] if speed else [])]
+    return "\n\n".join([*tables, f"`benchmarks/{name}`: {where(report)}."])
 
 
 def loss_rows(loss: dict[str, Any]) -> list[str]:
@@ -251,10 +252,15 @@ def forms(name: str) -> str:
     return "\n".join([*lines, "", correlation, "", f"`{result['command']}`; {where(result)}."])
 
 
-TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart, "targets": targets, "inference": inference}
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": partial(report_of, "quickstart.json", speed=True),
+    "targets": targets,
+    "inference": inference,
+}
 STUDY: dict[str, Callable[[], str]] = {
     "variants": partial(variants, "quality/start.json"),
     "million": partial(variants, "quality/million.json"),
+    "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
     "million_groups2": partial(variants, "quality/million_groups2.json"),

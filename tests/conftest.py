@@ -3,7 +3,7 @@ import os
 # Nothing here may reach for a hub, and two cores are what the suite is timed on.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as swiftkv_train does; child processes inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the workers share the cores; child processes inherit it
 
 import pytest
 import torch

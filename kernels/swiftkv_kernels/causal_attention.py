@@ -5,12 +5,11 @@
     B batch   T tokens   H query heads   G K/V heads (H = G R)   C head size   S rows of a block
     query [B, H, T, C]   key, value [B, G, T, C]   allowed [B, 1, T, T] bool   ->   [B, H, T, C]
 
-torch's own operator is what every device but the CPU takes, and the CPU for the forward pass in bf16. Backward, and
-in other dtypes, it multiplies small tiles head by head there, at a fraction of the machine's rate, and blocks of rows
-are taken instead: the R query heads of a K/V head are rows of one product, S positions at a time against the keys from
-the first that any of them may see up to their own end, so that most of the future, and of other documents packed
-before, is never computed. Scores and softmax are fp32, as there; the backward pass computes a block's probabilities
-again, as there (arXiv 2205.14135).
+torch's own operator makes the output everywhere, and the gradients but on a CPU. There it multiplies small tiles head
+by head backward, at a fraction of the machine's rate, and blocks of rows are taken instead: the R query heads of a K/V
+head are rows of one product, S positions at a time against the keys from the first that any of them may see up to their
+own end, so that most of the future, and of other documents packed before, is never computed. Scores and softmax are
+fp32, as there, and a block's probabilities are computed again, as there (arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -81,13 +80,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, allowed, scaling):
         ctx.save_for_backward(query, key, value, allowed)
         ctx.scaling = scaling
-        if query.dtype == torch.bfloat16:
-            return _operator(query, key, value, allowed, scaling)
-        rows, keys, values = _rows(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
-        output = torch.empty_like(rows)
-        for part, seen, weights in _blocks(rows, keys, allowed, scaling, query.shape):
-            torch.bmm(weights, values[:, seen], out=output[:, part])
-        return _heads(output, query.shape)
+        return _operator(query, key, value, allowed, scaling)
 
     @staticmethod
     @once_differentiable

@@ -2,7 +2,7 @@
 
 `packed_causal`: `swiftkv_kernels.causal_attention`, for whole sequences: training.
 `grouped_sdpa`: for inference with any of transformers' caches. Its own sdpa repeats K/V for the query heads that share
-them; here these heads are rows of one product, for a single query, and long prompts take `causal_attention`.
+them; here these heads are rows of one product, for a single query.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from swiftkv_kernels.segment_attention_torch import attend_all
 PACKED_CAUSAL = "packed_causal"
 GROUPED = "grouped_sdpa"
 SDPA = ("sdpa", GROUPED)  # which leave the causal mask to the operator where nothing is padded
-LONG_PROMPT = 512  # tokens from which causal_attention is faster than torch's operator
 
 
 def packed_causal_attention(
@@ -52,13 +51,8 @@ def grouped_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention; output [B, T, H, C]. What it has nothing better for, sdpa does."""
-    length = query.shape[2]
-    if query.device.type == "cpu" and not dropout:
-        if length == 1:
-            return attend_all(query, key, value, scaling, attention_mask).transpose(1, 2), None
-        made_here = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-        if length == key.shape[2] >= LONG_PROMPT and made_here:  # and not some other mask of the caller's
-            return packed_causal_attention(module, query, key, value, attention_mask, scaling=scaling)
+    if query.device.type == "cpu" and query.shape[2] == 1 and not dropout:
+        return attend_all(query, key, value, scaling, attention_mask).transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from swiftkv_kernels.packed_linear import packed_linear_backend
-from swiftkv_models import GROUPED, PackedLinear, SinkWindowCache, attention, optimize_for_cpu, rewrite
+from swiftkv_models import GROUPED, PackedLinear, SinkWindowCache, optimize_for_cpu, rewrite
 from tiny import random_ids, randomise_tail, tiny_llama
 
 SAME = {"rtol": 0, "atol": 1e-9}
@@ -20,9 +20,8 @@ PADDING = torch.tensor([[0] * 5 + [1] * 15, [1] * 20])
 
 
 @pytest.fixture(params=MODELS)
-def pair(request, monkeypatch):
-    """A model and the same, optimised, for which 6 tokens are a long prompt."""
-    monkeypatch.setattr(attention, "LONG_PROMPT", 6)
+def pair(request):
+    """A model and the same, optimised."""
     model = MODELS[request.param]()
     optimized = optimize_for_cpu(copy.deepcopy(model))
     assert optimized.config._attn_implementation == GROUPED
