@@ -45,9 +45,9 @@ def test_a_recipe_becomes_a_stream(section, tokenizer, capsys):
     replies = batch.input_ids[:, 1:][batch.loss_mask[:, :-1] & (batch.source_ids == 1)[:, None]]
     assert set(tokenizer.decode(replies).split("<|im_end|>")) == {"I do not know.", ""}
     again = load_training_data(section(), tokenizer, 400, 2)
-    assert again.fingerprint == data.fingerprint
     assert torch.equal(again.batch(5, 3).input_ids, data.batch(5, 3).input_ids)
-    assert load_training_data(section(seed=1), tokenizer, 400, 2).fingerprint != data.fingerprint
+    another = load_training_data(section(seed=1), tokenizer, 400, 2)
+    assert not torch.equal(another.batch(0, 8).input_ids, batch.input_ids)
 
 
 def test_held_out_sources_in_the_recipes_order(section, tokenizer, write_jsonl):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from swiftkv_train.data import check_no_overlap, files, identity, load_training_data, tokenize_source
 from swiftkv_train.errors import UserError
@@ -72,7 +73,7 @@ def test_a_second_start_opens_no_text(text, tokenizer, tmp_path):
     assert str(text) in first_time
     assert str(text) not in second_time
     assert any(name.endswith("tokens.bin") for name in second_time)  # the hook does see what is read
-    assert first.fingerprint == second.fingerprint
+    assert torch.equal(first.batch(0, 16).input_ids, second.batch(0, 16).input_ids)
 
 
 def hashed(monkeypatch) -> list[str]:

@@ -197,7 +197,7 @@ def test_the_tables_show_cells_that_lose_and_cells_that_could_not_be_measured(mo
     faster = {"seconds": 1.0, "peak_bytes": 2**22, "seconds_ratio": 2.0, "peak_ratio": 0.25}
     cells = {"ours": ours, "plain": faster, "liger fused": {"failed": "RuntimeError: no driver"}}
     accuracy = {"vocabulary": 9000, "kl": 0.00123, "gradient_error": {"ours": 0.01, "plain": 0.5}}
-    row = {"rows": 512, "vocabulary": 9000, "contenders": cells}
+    row = {"rows": 512, "vocabulary": 9000, "hidden_size": 64, "contenders": cells}
     starts = [
         {"seconds": 2.0, "source_files_opened": 4, "documents_tokenised": 528},
         {"seconds": 0.5, "source_files_opened": 0, "documents_tokenised": 0},

@@ -159,7 +159,7 @@ def launched(readme):
     """The launches of a README: recipe, overrides, number of processes."""
     text = readme.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in re.findall(r"^(?:\w+=\w+ )?((?:accelerate launch|deepspeed) .*)$", text, flags=re.MULTILINE):
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         recipe = words.index("swiftkv_train.distill") + 1
         if "--hostfile" in words:
             hosts = (ROOT / words[words.index("--hostfile") + 1]).read_text()
