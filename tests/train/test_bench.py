@@ -215,8 +215,8 @@ def test_the_tables_show_cells_that_lose_and_cells_that_could_not_be_measured(mo
         (tmp_path / name).write_text(json.dumps(result))
     added = [line for line in tables.targets().splitlines() if line not in before.splitlines()]
     assert added == [
-        "| loss and gradient, 512 rows x 9,000 tokens, against plain; liger fused | 2.00 s | 1.00 s; not measured "
-        "| 2.00; – | `loss.json` |",
+        "| loss and gradient, 512 rows x 9,000 tokens, hidden size 64, against plain; liger fused | 2.00 s "
+        "| 1.00 s; not measured | 2.00; – | `loss.json` |",
         "| its peak memory | 1 MiB | 4 MiB; not measured | 0.25; – | `loss.json` |",
         "| error of its gradient, 9,000 tokens, KL 0.001, against plain | 1.00% | 50.00% | 0.02 | `loss.json` |",
         "| start-up to the first batch, filled / empty token cache (0 of 4 source files opened, 0 documents tokenised) "
