@@ -25,12 +25,12 @@ from swiftkv_train.durable import publish_directory, write_text
 from swiftkv_train.errors import UserError
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import Recipe, load_recipe
-from swiftkv_train.run_state import STATE, checkpoint_paths, read_json
+from swiftkv_train.run_state import RECIPE, STATE, checkpoint_paths, read_json
 
 WEIGHTS, MOMENTS, PROGRESS = "student.safetensors", "optimizer.safetensors", "progress.json"
 CANNOT_WRITE = (OSError, SafetensorError)  # what writing a checkpoint raises when the disk refuses
 # What a run leaves that ended over its model or its data: nothing that is worth keeping from the corrected one.
-BEFORE_THE_FIRST_FIGURE = {"recipe.yaml", "calibration.json", STATE, "wandb", "tensorboard"}
+BEFORE_THE_FIRST_FIGURE = {RECIPE, "calibration.json", STATE, "wandb", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Checkpoint:
 class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.recipe_path = self.path / "recipe.yaml"
+        self.recipe_path = self.path / RECIPE
         self.metrics = Metrics(self.path / "metrics.jsonl")
 
     @classmethod

@@ -137,7 +137,7 @@ def recorded_state(run: RunDirectory, lock: RunLock, *, enabled: bool) -> Iterat
 
 def _read(run: RunDirectory) -> dict[str, Any] | None:
     """The state of a run that has a checkpoint; other runs begin anew."""
-    if not checkpoint_paths(run.path / "checkpoints"):
+    if not run.checkpoints():
         return None
     with suppress(UserError):  # damaged, hence nothing to keep
         return run.read_json(STATE)
