@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
-from swiftkv_kernels.segment_attention_torch import attend_all, merge_partials
+from swiftkv_kernels.segment_attention_torch import attend_all, merge_outputs
 from swiftkv_models.shared_prefix import sharing_pays
 from swiftkv_train.bench.turns import OURS
 
@@ -122,11 +122,9 @@ def per_request(layer: LayerTensors) -> Attention:
     prefix_key, prefix_value = (tensor.expand(batch, -1, -1, -1) for tensor in (layer.prefix_key, layer.prefix_value))
 
     def attend() -> Tensor:
-        partials = [
-            attention_with_log_sum_exp(query, key, value)
-            for key, value in ((prefix_key, prefix_value), (layer.key, layer.value))
-        ]
-        return merge_partials(*zip(*partials, strict=True))[0].to(query.dtype).reshape(layer.query.shape)
+        of_prefix = attention_with_log_sum_exp(query, prefix_key, prefix_value)
+        of_own = attention_with_log_sum_exp(query, layer.key, layer.value)
+        return merge_outputs(*of_prefix, *of_own).to(query.dtype).reshape(layer.query.shape)
 
     return attend
 
