@@ -32,7 +32,7 @@ from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import ROWS, Quality, check_finite_quality, summarise, token_measures
 from swiftkv_train.quantized_base import quantize_base
 from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
-from swiftkv_train.run_state import RunLock, recorded_state
+from swiftkv_train.run_state import CALIBRATION, RunLock, recorded_state
 from swiftkv_train.sequence_parallel import (
     check_heads,
     part_of,
@@ -258,7 +258,8 @@ class Distillation:
         if checkpoint is not None:
             self.checkpoints.load_optimizer(checkpoint)
             self.evaluated = {row["step"] for row in self.run.metrics.rows() if "held_out" in row}
-            self.divergence.restore(checkpoint.progress.get("divergence", {}))
+            if state := checkpoint.progress.get("divergence"):  # one of an earlier version has none
+                self.divergence.restore(state)
 
     def _start_tail(self, model: LlamaSwiftKVForCausalLM) -> None:
         rewriting = self.recipe.rewrite
@@ -268,7 +269,7 @@ class Distillation:
             fits = calibrate(model, self.data, self.recipe, self.accelerator, self.report)
             self.report.fits(fits)
             if self.accelerator.is_main_process:
-                self.run.write_json("calibration.json", [fit.to_dict() for fit in fits])
+                self.run.write_json(CALIBRATION, [fit.to_dict() for fit in fits])
 
     def evaluate(self) -> dict[str, Quality]:
         """Student against base on every held-out source."""

@@ -46,8 +46,8 @@ class Divergence:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Judge as the run did whose `state` this was."""
-        self.losses.extend(state.get("losses", ()))
-        self.overflows = state.get("overflows", 0)
+        self.losses.extend(state["losses"])
+        self.overflows = state["overflows"]
 
     def loss_problem(self, loss: float) -> str | None:
         """What is wrong with a step's loss, if anything."""

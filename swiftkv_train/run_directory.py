@@ -25,12 +25,12 @@ from swiftkv_train.durable import publish_directory, write_text
 from swiftkv_train.errors import UserError
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import Recipe, load_recipe
-from swiftkv_train.run_state import RECIPE, STATE, checkpoint_paths, read_json
+from swiftkv_train.run_state import CALIBRATION, CHECKPOINTS, METRICS, RECIPE, STATE, checkpoint_paths, read_json
 
 WEIGHTS, MOMENTS, PROGRESS = "student.safetensors", "optimizer.safetensors", "progress.json"
 CANNOT_WRITE = (OSError, SafetensorError)  # what writing a checkpoint raises when the disk refuses
 # What a run leaves that ended over its model or its data: nothing that is worth keeping from the corrected one.
-BEFORE_THE_FIRST_FIGURE = {RECIPE, "calibration.json", STATE, "wandb", "tensorboard"}
+BEFORE_THE_FIRST_FIGURE = {RECIPE, CALIBRATION, STATE, "wandb", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.recipe_path = self.path / RECIPE
-        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self.metrics = Metrics(self.path / METRICS)
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe, *, restart: bool = False) -> RunDirectory:
@@ -181,7 +181,7 @@ class RunDirectory:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def _remove_leftovers(self) -> None:
         for path in self._checkpoints.glob(".step-*"):

@@ -25,7 +25,9 @@ from swiftkv_train.stopping import Stopped
 if TYPE_CHECKING:
     from swiftkv_train.run_directory import RunDirectory
 
+# What a run directory holds:
 RECIPE, LOCK, STATE = "recipe.yaml", ".lock", "state.json"
+METRICS, CALIBRATION, CHECKPOINTS = "metrics.jsonl", "calibration.json", "checkpoints"
 PATIENCE = 1.0  # seconds; whoever only looks (`is_locked`) holds the lock for microseconds
 
 

@@ -20,9 +20,7 @@ from swiftkv_train.errors import UserError
 from swiftkv_train.loading import one_line
 from swiftkv_train.metrics import Metrics
 from swiftkv_train.recipe import load_recipe
-from swiftkv_train.run_state import RECIPE, STATE, checkpoint_paths, is_locked, read_json
-
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+from swiftkv_train.run_state import CHECKPOINTS, METRICS, RECIPE, STATE, checkpoint_paths, is_locked, read_json
 
 
 @dataclass

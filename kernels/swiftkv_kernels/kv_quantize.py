@@ -26,23 +26,19 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
-def kv_quantize(
-    states: Tensor, dtype: torch.dtype, *, out: Tensor | None = None, scale_out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv_quantize(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`states` [..., C], fp16, bf16, fp32 or fp64, as (quantised [..., C] of `dtype`, scale [...] fp32).
 
-    `dtype` is torch.int8 or torch.float8_e4m3fn. `out` and `scale_out` are filled in place of new tensors; they may be
-    strided views. Carries no gradient. Raises ValueError on misfits.
+    `dtype` is torch.int8 or torch.float8_e4m3fn. Carries no gradient. Raises ValueError on misfits.
     """
-    _check(states, dtype, out, scale_out)
+    _check(states, dtype)
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     scale = (exact.abs().amax(-1) / LIMITS[dtype]).to(torch.float32).clamp_min_(SMALLEST_SCALE)
     # A quotient exceeds the limit by a rounding at most, and rounds to it: nothing is left to clamp.
     steps = exact / scale.unsqueeze(-1)
     if dtype == torch.int8:
         steps.round_()
-    quantised = steps.to(dtype) if out is None else out.copy_(steps)
-    return quantised, scale if scale_out is None else scale_out.copy_(scale)
+    return steps.to(dtype), scale
 
 
 def kv_dequantize(quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,19 +82,10 @@ def float16_of_float8(quantised: Tensor) -> Tensor:
     return bits.bitwise_and_(~(1 << 14)).view(torch.float16).mul_(256)  # bit 14: a copy of the sign
 
 
-def _check(states: Tensor, dtype: torch.dtype, out: Tensor | None, scale_out: Tensor | None) -> None:
+def _check(states: Tensor, dtype: torch.dtype) -> None:
     if dtype not in LIMITS:
         raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, not {dtype}")
     if not states.is_floating_point() or states.dtype.itemsize < 2:
         raise ValueError(f"states must be fp16, bf16, fp32 or fp64, not {states.dtype}")
     if states.ndim == 0 or states.shape[-1] == 0:
         raise ValueError(f"states must be [..., C] with C at least 1, not {tuple(states.shape)}")
-    wanted = {"out": (out, states.shape, dtype), "scale_out": (scale_out, states.shape[:-1], torch.float32)}
-    for name, (tensor, shape, its_dtype) in wanted.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != its_dtype or tensor.device != states.device:
-            raise ValueError(
-                f"{name} must be {tuple(shape)} {its_dtype} on {states.device}, "
-                f"not {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )

@@ -15,11 +15,12 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export.bundle import bundle
 from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_in_clean_process, check_stored
-from swiftkv_train.fetch.staging import staged
 from swiftkv_train.loading import load_tokenizer
 from swiftkv_train.origin import adapter_changes, base_changes, listed
 from swiftkv_train.results import check_writable
 from swiftkv_train.run_directory import RunDirectory
+from swiftkv_train.run_state import CALIBRATION
+from swiftkv_train.staging import staged
 from swiftkv_train.student import build_model, load_trained, merge_adapters
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
         "base": recipe.model.base,
         "step": checkpoint.step,
         "recipe": recipe.model_dump(mode="json"),
-        "calibration": run.read_json("calibration.json"),
+        "calibration": run.read_json(CALIBRATION),
         "held_out": held_out_at(run, checkpoint.step),
     }
     exported = model if format == "arctic" else without_base_projections(model)

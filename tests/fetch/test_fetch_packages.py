@@ -18,7 +18,7 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.fetch import CatalogueEntry, demo, fetch, npm
 from swiftkv_train.fetch.npm import digest_of
 from swiftkv_train.fetch.packages import Member, download, extract
-from swiftkv_train.fetch.staging import write_provenance
+from swiftkv_train.fetch.provenance import write_provenance
 
 
 @pytest.fixture

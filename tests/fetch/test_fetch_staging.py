@@ -8,7 +8,8 @@ import time
 import pytest
 
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.fetch.staging import already_there, staged, write_provenance
+from swiftkv_train.fetch.provenance import already_there, write_provenance
+from swiftkv_train.staging import staged
 
 
 def make(final):
@@ -69,7 +70,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, error):
 def test_what_a_killed_process_left_is_removed_and_a_living_one_is_not(tmp_path):
     script = (
         "import sys, time, pathlib\n"
-        "from swiftkv_train.fetch.staging import staged\n"
+        "from swiftkv_train.staging import staged\n"
         "with staged(pathlib.Path(sys.argv[1])) as stage:\n"
         "    (stage / 'a').write_text('half')\n"
         "    time.sleep(60)\n"
