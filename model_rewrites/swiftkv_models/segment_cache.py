@@ -286,7 +286,7 @@ class SinkWindowCache(Cache):
             before = self.positions[:, sinks : self.num_slots].clone()
         self.positions.scatter_(1, torch.where(slots < 0, self.num_slots, slots), step.positions)
         self.lengths.copy_(torch.where(last < 0, self.lengths, last + 1))
-        if tokens == 1 and self.positions.device.type == "cpu":
+        if tokens == 1 and at_hand(self.positions):
             of_sinks, of_window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
             oldest = (last - self.window).clamp_min(-1)[:, None]
             step.all_visible = bool((of_sinks >= 0).all()) and bool((of_window > oldest).all())
@@ -321,7 +321,7 @@ class SinkWindowCache(Cache):
             if self.prefix_groups is not None:
                 begins = begins & (self.prefix_groups >= 0)[:, None]
             kept = kept & ~(begins & (positions < lengths))
-        if tokens == 1 and device.type != "cpu":
+        if tokens == 1 and not at_hand(self.lengths):
             return torch.where(kept, positions, -1)
         goes_on = (positions == lengths + kept.cumsum(1) - 1) | ~kept
         if not bool(goes_on.all()):
@@ -360,7 +360,7 @@ class SinkWindowCache(Cache):
         """
         return (
             self.storage is not None
-            and self.storage[0].device.type == "cpu"
+            and at_hand(self.storage[0])
             and self.quantized_dtype is None
             and self.prefix_groups is None
             and self.attention_sinks <= MOST_TURNED
@@ -416,3 +416,8 @@ class SinkWindowCache(Cache):
         raise ValueError("the rows of a SinkWindowCache do not change; make one for as many rows as there will be")
 
     batch_select_indices = batch_repeat_interleave
+
+
+def at_hand(tensor: torch.Tensor) -> bool:
+    """Whether its numbers may be looked at for nothing. Elsewhere that would wait for the device."""
+    return tensor.device.type == "cpu"
