@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,18 @@ def _not_finite(value: Any, name: str) -> str | None:
 
 def plot(result: dict[str, Any], draw: Callable[[dict[str, Any], Any], Any], output: Path) -> None:
     """What `draw` makes of a result, as PNG beside its JSON file `output`."""
-    import matplotlib
+    if (pyplot := plotting()) is not None:
+        save_plot(draw(result, pyplot), output.with_suffix(".png"))
 
+
+def plotting() -> Any:
+    """matplotlib's pyplot, drawing into files; None, and a line that says so, where it is missing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no plots: matplotlib is not installed", file=sys.stderr)
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    save_plot(draw(result, pyplot), output.with_suffix(".png"))
+    return pyplot

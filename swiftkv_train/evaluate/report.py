@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftkv_train.durable import write_text
-from swiftkv_train.results import check_target, save_plot, write_result
+from swiftkv_train.results import check_target, plotting, save_plot, write_result
 
 BASE_COLOUR, STUDENT_COLOUR = "#7a7a7a", "#1f77b4"
 JSON, MARKDOWN = "report.json", "report.md"
@@ -26,8 +26,9 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
     """Raises UserError or OSError when the disk refuses, RunError for a figure that is not finite."""
     # First, for it says that the others are this command's.
     write_result("--report", directory / JSON, report, f"{report['checkpoint']} against {report['base']}")
-    for name, plot in PLOTS.items():
-        plot(report, directory / name)
+    if plotting() is not None:
+        for name, plot in PLOTS.items():
+            plot(report, directory / name)
     write_text(directory / MARKDOWN, to_markdown(report))
 
 
@@ -89,12 +90,7 @@ def _quote(text: str) -> str:
 
 
 def _figure(width: float = 6.4, height: float = 3.4) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    figure, axes = plotting().subplots(figsize=(width, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

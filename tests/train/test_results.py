@@ -13,7 +13,7 @@ from swiftkv_train import results
 from swiftkv_train.cli import main
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.evaluate.report import check_report
-from swiftkv_train.results import check_target, save_plot, to_json, write_result
+from swiftkv_train.results import check_target, plot, save_plot, to_json, write_result
 
 COMMANDS = {
     "layers": (["calibrate", "recipe.yaml", "--layers"], "swiftkv_train.layer_choice.predict"),
@@ -151,3 +151,9 @@ def test_permission_denied_anywhere_is_one_line(swiftkv):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/secret")
 
     assert swiftkv("init", "a.json", refuse) == (2, "error: /secret: Permission denied\n")
+
+
+def test_without_matplotlib_there_is_the_result_and_no_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot({}, lambda result, pyplot: pytest.fail("drawn"), tmp_path / "result.json")
+    assert capsys.readouterr().err == "no plots: matplotlib is not installed\n"
