@@ -167,10 +167,11 @@ def _store_heads(
         # A maximum passes over NaN: the scale has to show it.
         largest_1 = tl.max(tl.where(first == first, tl.abs(first), float("inf")), axis=1)
         largest_2 = tl.max(tl.where(second == second, tl.abs(second), float("inf")), axis=1)
-        scales = tl.maximum(tl.maximum(largest_1, largest_2) / limit, SMALLEST_SCALE)
+        # div_rn rounds as IEEE has it; a plain / does not on a GPU.
+        scales = tl.maximum(tl.div_rn(tl.maximum(largest_1, largest_2), limit), SMALLEST_SCALE)
         tl.store(scale + head * scale_g, scales, mask=head < HEADS)
-        first = _one_byte(first / scales[:, None], element == tl.int8)
-        second = _one_byte(second / scales[:, None], element == tl.int8)
+        first = _one_byte(tl.div_rn(first, scales[:, None]), element == tl.int8)
+        second = _one_byte(tl.div_rn(second, scales[:, None]), element == tl.int8)
     inside = (head < HEADS)[:, None] & (column < HALF)[None, :]
     cache += head[:, None] * cache_g + column[None, :]
     tl.store(cache, first.to(element), mask=inside)

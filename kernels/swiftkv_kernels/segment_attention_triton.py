@@ -73,9 +73,8 @@ def segment_attention_triton(
             *(query, pinned_query, *query.stride()[:3]),
             *_stored(key, value, key_scale, value_scale),
             *(key_positions, *key_positions.stride(), query_positions),
-            *(partials, log_sum_exps, scaling, window, batch, length, slots),
+            *(partials, log_sum_exps, scaling, window, batch, length, slots, pinned),
             G=groups,
-            PINNED=pinned,
             BLOCK_M=block,
             **sizes,
         )
@@ -133,8 +132,8 @@ def _own_slots(
     batch,
     length,
     slots,
+    pinned,
     G: tl.constexpr,
-    PINNED: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -159,12 +158,12 @@ def _own_slots(
     positions += row * positions_b
     keys = (key, key_n, value, value_n, key_scale, value_scale, scale_n, positions, positions_n)
     state = _nothing_seen(BLOCK_M, BLOCK_C)
-    if PINNED > 0:
+    if pinned > 0:
         q = _queries(pinned_query, where, inside, C, BLOCK_C, UPCAST)
-        pinned_end = tl.where(part == 0, PINNED, 0)
+        pinned_end = tl.where(part == 0, pinned, 0)
         state = _attend(state, q, asked, keys, 0, pinned_end, window, scaling, True, False, C, BLOCK_N, BLOCK_C)
-    share = tl.cdiv(tl.cdiv(slots - PINNED, BLOCK_N), tl.num_programs(2)) * BLOCK_N
-    first = PINNED + tl.program_id(2) * share
+    share = tl.cdiv(tl.cdiv(slots - pinned, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    first = pinned + tl.program_id(2) * share
     end = tl.minimum(first + share, slots)
     q = _queries(query, where, inside, C, BLOCK_C, UPCAST)
     state = _attend(state, q, asked, keys, first, end, window, scaling, True, True, C, BLOCK_N, BLOCK_C)

@@ -266,7 +266,8 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         mask: Any = create_causal_mask(**mask_arguments)
         tail_mask = mask
         if first_kept > 0:
-            if mask is None and length - first_kept > 1 and plain_implementation(self.config) in SDPA:
+            room = getattr(past_key_values, "is_compileable", False)  # a cache whose keys go on beyond what is written
+            if mask is None and (room or length - first_kept > 1) and plain_implementation(self.config) in SDPA:
                 # Its causal flag aligns queries with the first keys; the kept ones belong to the last.
                 tail_mask = create_causal_mask(**mask_arguments, allow_is_causal_skip=False)
             if isinstance(tail_mask, torch.Tensor) and tail_mask.ndim == 4:
@@ -321,13 +322,15 @@ class LlamaSwiftKVModel(LlamaSwiftKVPreTrainedModel, LlamaModel):
         shared: SharedKeyValues,
     ) -> None:
         """K and V of the whole tail in one product into the cache's slots, where a single query then finds them."""
+        if cache.storage is None or cache.storage[0].device != states.device or torch.is_grad_enabled():
+            return
+        if torch.is_autocast_enabled(states.device.type):  # the cache is then of another dtype than the weights
+            return
         attentions: list[Any] = [layer.self_attn for layer in self.layers[self.config.num_key_value_layers :]]
         leaders = [attention for attention in attentions if attention.leader_idx == attention.layer_idx]
         if self._tail_projection is None or not self._tail_projection.serves(leaders):
             self._tail_projection = TailProjection.stack(leaders)
-        if self._tail_projection is None or cache.storage is None or torch.is_grad_enabled():
-            return
-        if torch.is_autocast_enabled(states.device.type):  # the cache is then of another dtype than the weights
+        if self._tail_projection is None or self._tail_projection.weight.device != states.device:
             return
         self._tail_projection.write(cache, leaders[0].cache_idx, states, position_embeddings)
         for leader in leaders:

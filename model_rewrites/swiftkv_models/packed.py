@@ -51,13 +51,13 @@ class PackedLinear(nn.Module):
             self.packed = PackedWeight(weight.to(self.packed.device, self.packed.dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        super()._apply(fn, recurse)
         moved = fn(torch.empty(0, dtype=self.packed.dtype))
         if (moved.device, moved.dtype) != (self.packed.device, self.packed.dtype):
             raise ValueError(
                 f"linear layers packed for {self.packed.dtype} on {self.packed.device} cannot become {moved.dtype} on "
-                f"{moved.device}: call pack_linears after `to`"
+                f"{moved.device}: load the model again, and pack it after `to`"
             )
+        super()._apply(fn, recurse)
         return self
 
 
@@ -84,4 +84,6 @@ def num_parameters(model: Any) -> int:
 
 
 def _packable(weight: torch.Tensor) -> bool:
+    if type(weight) not in (torch.Tensor, nn.Parameter):  # of a library that quantises
+        return False
     return packed_linear_backend(weight.device, weight.dtype) == "onednn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from swiftkv_models.llama import LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM
+from swiftkv_models.rope import keep_frequencies
 
 # model_type of the base -> configuration and model of its SwiftKV form
 FAMILIES: dict[str, tuple[type[LlamaSwiftKVConfig], type[LlamaSwiftKVForCausalLM]]] = {
@@ -52,6 +54,8 @@ def rewrite(
         if present != wanted:
             raise RewriteError(f"the model is already rewritten with {_say(present)}, not {_say(wanted)}")
         return base
+    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
+        raise RewriteError("the model lies in parts on several devices: load it without device_map, and rewrite that")
     model_type = base.config.model_type
     if model_type not in FAMILIES:
         raise RewriteError(f"model family {model_type!r} is not known; known: {', '.join(FAMILIES)}")
@@ -76,7 +80,8 @@ def rewrite(
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise RewriteError(_last_line(error)) from None
-    model.model.rotary_emb = base.model.rotary_emb  # its buffers are not in the state dict
+    model.model.rotary_emb = copy.deepcopy(base.model.rotary_emb)  # its buffers are not in the state dict
+    keep_frequencies(model.model.rotary_emb)  # of a base that was cast
     model.tie_weights()
     model.generation_config = base.generation_config
     return model.train(base.training)

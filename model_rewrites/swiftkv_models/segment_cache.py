@@ -54,9 +54,10 @@ class SinkWindowCache(Cache):
     """A cache of `attention_sinks` + `window` tokens a row, for `generate` of SwiftKV and of base Llama models.
 
         cache = SinkWindowCache(model.config, window=1020, attention_sinks=4)
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=...)  # and again: it goes on
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=...)  # again, with all so far: it goes on
 
-    It makes the model's attention know it (`config._attn_implementation`); other caches do not notice.
+    It makes the model's attention know it (`config._attn_implementation`); other caches do not notice. A base model
+    that was cast after loading, which rounds its rotary frequencies, needs `use_exact_positions` first.
 
     Args:
         config: the model's own, `model.config`.
@@ -133,6 +134,8 @@ class SinkWindowCache(Cache):
             raise ValueError("input_ids must be a tensor [B, T]")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids")
+        if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+            raise ValueError("prefixes go with padding on the left alone: attention_mask must be zeros, then ones")
         for prefix in self.prefixes:
             if len(prefix.keys) != len(self.segments):
                 raise ValueError(
@@ -202,10 +205,16 @@ class SinkWindowCache(Cache):
         if self.storage is not None or self.segments[0].is_initialized:
             return
         leading = (len(self.segments), len(states), heads)
-        self.storage = self.allocate(leading, size, states.dtype, states.device)
-        for index, layer in enumerate(self.segments):
-            keys, values, key_scale, value_scale = (None if part is None else part[index] for part in self.storage)
-            layer.take(keys, values, key_scale, value_scale)
+        storage = self.allocate(leading, size, states.dtype, states.device)
+        try:
+            for index, layer in enumerate(self.segments):
+                keys, values, key_scale, value_scale = (None if part is None else part[index] for part in storage)
+                layer.take(keys, values, key_scale, value_scale)
+        except BaseException:  # no memory for a prefix's copy, Ctrl-C: all of them or none
+            for layer in self.segments:
+                layer.is_initialized = False
+            raise
+        self.storage = storage
 
     def start(self, batch: int, device: torch.device) -> None:
         """A forward of `batch` rows begins.
@@ -346,7 +355,8 @@ class SinkWindowCache(Cache):
 
         In fp32 at least. None where they are the same, or nothing is pinned.
         """
-        if self.columns <= self.least_pinned + self.window or self.least_pinned == 0:
+        nothing_pinned = self.attention_sinks == 0 and self.prefix_groups is None
+        if nothing_pinned or self.columns <= self.least_pinned + self.window:
             return None
         in_cache = torch.minimum(positions, self.pinned[:, None] + (self.window - 1))
         cos, sin = rotation(self.inverse_frequencies, in_cache - positions)
@@ -397,6 +407,8 @@ class SinkWindowCache(Cache):
         """Forget everything but the shared prefixes. What was allocated stays."""
         self.columns, self.step, self.unfinished = self.first_column, None, False
         self._turn_sinks_back()
+        for layer in self.segments:
+            layer.reset()
         if self.lengths is not None:
             self._forget()
 

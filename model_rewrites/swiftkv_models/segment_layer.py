@@ -246,6 +246,8 @@ class SegmentLayer(CacheLayerMixin):
         return (self.key_values(key_states, value_states),) * 2
 
     def key_values(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
+        if torch.is_grad_enabled() and value_states.requires_grad:
+            raise ValueError("a SinkWindowCache carries no gradient: call the model under torch.no_grad()")
         return KeyValues(self, key_states.to(value_states.dtype), value_states)  # autocast leaves rotated K in another
 
     def get_seq_length(self) -> int:
@@ -261,7 +263,10 @@ class SegmentLayer(CacheLayerMixin):
         return 0, 0  # no mask is made: what is visible follows from positions
 
     def reset(self) -> None:
-        """Nothing to do: the cache forgets the positions of its slots."""
+        """Empty the slots, but for a prefix's copy: what is no number would come through a weight of 0."""
+        kept = 0 if self.cache.copied_prefix is None else self.cache.attention_sinks
+        for tensor in self.tensors():
+            _bits(tensor)[:, :, kept:].zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for tensor in self.tensors():
@@ -270,15 +275,17 @@ class SegmentLayer(CacheLayerMixin):
 
 def use_segment_attention(config: PretrainedConfig) -> None:
     """Let the model of this config (its own, not a copy) know `KeyValues`; with other caches it attends as before."""
-    inner = config._attn_implementation
     if knows_segments(config):
         return
+    inner = config._attn_implementation
     AttentionInterface.register(PREFIX + inner, partial(_attention, inner))
     AttentionMaskInterface.register(PREFIX + inner, partial(_mask, inner))
     config._attn_implementation = PREFIX + inner
 
 
 def knows_segments(config: PretrainedConfig) -> bool:
+    if config._attn_implementation is None:
+        raise ValueError("this configuration is no model's; give a SinkWindowCache its model's own, model.config")
     return config._attn_implementation.startswith(PREFIX)
 
 

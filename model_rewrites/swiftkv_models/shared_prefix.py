@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 # On CPU: bytes of K/V in a layer that are not read, 0.2 ms of it; and what a product of its own has to have.
 WORTH_ON_CPU, LEAST_ROWS_ON_CPU, LEAST_TOKENS_ON_CPU = 3 << 20, 3, 128
+LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a GPU; pinned slots it does not
 
 
 class SharedPrefix:
@@ -96,11 +97,12 @@ def assign_prefixes(
 def sharing_pays(rows: int, tokens: int, token_bytes: int, device: torch.device) -> bool:
     """Whether `rows` rows read a prefix of `tokens` tokens (`token_bytes` of K in a layer) faster as one than each.
 
-    What it saves must be worth a second part of attention, and the merge.
+    What it saves must be worth a second part of attention, and the merge. A long prefix of one row is faster on a GPU
+    as a segment of its own.
     """
     saved = (rows - 1) * tokens * 2 * token_bytes
     if device.type != "cpu":
-        return saved > 0
+        return saved > 0 or tokens >= LONG_ON_GPU
     return saved >= WORTH_ON_CPU and rows >= LEAST_ROWS_ON_CPU and tokens >= LEAST_TOKENS_ON_CPU
 
 

@@ -38,6 +38,8 @@ class TailProjection:
         modules = _projections(attentions)
         if {type(module) for module in modules} not in ({nn.Linear}, {PackedLinear}):
             return None
+        if any(type(module.weight) not in (torch.Tensor, nn.Parameter) for module in modules):  # quantised
+            return None
         kinds = {(module.weight.device, module.weight.dtype) for module in modules}
         if len(kinds) > 1 or modules[0].weight.device.type == "meta":
             return None

@@ -45,7 +45,9 @@ with torch.no_grad():
             return {"input_ids": ids}
     prefix = model.shared_prefix(Words(), ids[0, :prefix_tokens])
     relay_cache = model.sink_window_cache(window=ids.shape[1], prefixes=prefix, input_ids=ids)
-    relay = model(ids[:, prefix_tokens:], past_key_values=relay_cache).logits
+    if relay_cache.shared_rows != 2:  # of three, so that they share it on any device
+        sys.exit("rows that begin with a shared prefix do not share it")
+    relay = model(ids, past_key_values=relay_cache).logits[:, prefix_tokens:]
     both = model.sink_window_cache(window=window, prefixes=prefix, input_ids=ids)
     model.generate(ids, past_key_values=both, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     optimized = model.optimize_for_cpu()(ids, use_cache=False).logits
@@ -80,8 +82,9 @@ def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> f
         RunError: it does not load, its logits differ, or its prefill or cache are not SwiftKV's.
     """
     vocabulary = model.config.vocab_size
-    ids = torch.randint(0, vocabulary, (2, min(24, vocabulary)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary, (3, min(24, vocabulary)), generator=torch.Generator().manual_seed(0))
     ids[1, :PREFIX_TOKENS] = ids[0, :PREFIX_TOKENS]
+    ids[2, 0] = (ids[0, 0] + 1) % vocabulary  # a row without the prefix
     numbers = torch.get_num_threads(), PREFIX_TOKENS, WINDOW, SINKS
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "logits.safetensors"
@@ -107,7 +110,7 @@ def check_in_clean_process(directory: Path, model: LlamaSwiftKVForCausalLM) -> f
     streamed = model(ids.to(device), past_key_values=stream).logits
     prefix = SharedPrefix.from_ids(model, ids[0, :PREFIX_TOKENS])
     relay = SinkWindowCache(model.config, window=ids.shape[1], prefixes=prefix, input_ids=ids)
-    relayed = model(ids[:, PREFIX_TOKENS:].to(device), past_key_values=relay).logits
+    relayed = model(ids.to(device), past_key_values=relay).logits[:, PREFIX_TOKENS:]
     differences = {
         name: float((found[name] - wanted.float().cpu()).abs().max()) / spread
         for name, wanted in (

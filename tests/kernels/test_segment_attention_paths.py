@@ -228,26 +228,40 @@ def test_triton_kernels_in_a_child_process(run_interpreted):
     assert run_interpreted(os.path.join(os.path.dirname(__file__), "test_segment_attention.py")) > 50
 
 
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have, by compute capability
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("stored", ["bf16", "u8"])
-def test_kernels_compile_for_a_gpu(capability, stored):
+@pytest.mark.parametrize(
+    ("queries", "stored", "size", "rows", "slots"),
+    [
+        ("bf16", "bf16", 64, 16, 64),
+        ("bf16", "u8", 64, 16, 64),
+        pytest.param("bf16", "i8", 128, 64, 64, marks=pytest.mark.slow),
+        pytest.param("fp16", "fp16", 128, 64, 64, marks=pytest.mark.slow),
+        pytest.param("fp32", "fp32", 128, 32, 32, marks=pytest.mark.slow),
+        pytest.param("bf16", "bf16", 256, 64, 32, marks=pytest.mark.slow),
+        pytest.param("fp32", "i8", 256, 16, 16, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_for_a_gpu(capability, queries, stored, size, rows, slots):
     """Types are checked by the compiler only: the interpreter takes what it refuses. Sizes of 1 are constants there."""
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.backends.compiler")
     own_slots, prefixes, merge = triton_path._kernels()
-    pointers = {"key": stored, "value": stored, "key_scale": "fp32", "value_scale": "fp32", "output": "bf16"}
-    pointers |= {"query": "bf16", "pinned_query": "bf16", "partials": "fp32", "log_sum_exps": "fp32"}
+    pointers = {"key": stored, "value": stored, "key_scale": "fp32", "value_scale": "fp32", "output": queries}
+    pointers |= {"query": queries, "pinned_query": queries, "partials": "fp32", "log_sum_exps": "fp32"}
     pointers |= dict.fromkeys(("positions", "query_positions", "lengths", "group_of_row"), "i32")
-    tile = {"R": 3, "C": 64, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_C": 64, "UPCAST": False}
-    own, prefix = {"G": 3, "PINNED": 4, **tile}, {"BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
+    tile = {"R": 3, "C": size, "BLOCK_M": rows, "BLOCK_N": slots, "BLOCK_C": size, "UPCAST": False}
+    own, prefix = {"G": 3, **tile}, {"BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
     ones = dict.fromkeys(("batch", "length", "count", "scale_n", "positions_n", "queries_of_row"), 1)
     for kernel, constants in [
         (own_slots, own),
-        (own_slots, {**own, **ones, "PINNED": 0}),
+        (own_slots, {**own, **ones}),
         (prefixes, prefix),
         (prefixes, {**prefix, **ones}),
-        (merge, {"BLOCK_PARTS": 64, "C": 80, "BLOCK_C": 128}),
-        (merge, {"BLOCK_PARTS": 16, "C": 64, "BLOCK_C": 64, **ones}),
+        (merge, {"BLOCK_PARTS": 64, "C": size - 16, "BLOCK_C": size}),
+        (merge, {"BLOCK_PARTS": 16, "C": size, "BLOCK_C": size, **ones}),
     ]:
         names = kernel.arg_names
         constants = {name: value for name, value in constants.items() if name in names}
@@ -259,6 +273,7 @@ def test_kernels_compile_for_a_gpu(capability, stored):
         )
         compiled = triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32))
         assert "cubin" in compiled.asm
+        assert compiled.metadata.shared <= SHARED_BYTES[capability]
 
 
 def test_a_window_that_fills_does_not_recompile():

@@ -11,7 +11,14 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from swiftkv_models import SharedPrefix, SinkWindowCache, optimize_for_cpu, rewrite, use_exact_positions
+from swiftkv_models import (
+    SharedPrefix,
+    SinkWindowCache,
+    optimize_for_cpu,
+    rewrite,
+    segment_layer,
+    use_exact_positions,
+)
 from swiftkv_models.attention import GROUPED
 from swiftkv_models.rope import ExactRotaryEmbedding
 from tiny import random_ids, randomise_tail, tiny_llama
@@ -67,9 +74,14 @@ def test_copies_of_the_code_live_side_by_side(another_copy):
 def test_a_forward_that_broke_off_is_not_gone_on_from():
     model, ids = swiftkv_model(), random_ids(1, 12)
     cache = new_cache(model)
-    model.requires_grad_(True)
-    with pytest.raises(ValueError, match="no backward pass"):
-        model(ids, past_key_values=cache, use_cache=True)  # past the window, and under no no_grad
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[4].register_forward_pre_hook(fails)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, ids, cache)
+    handle.remove()
     with pytest.raises(ValueError, match=r"broken off .* reset\(\) it"):
         logits(model, ids, cache)
     cache.reset()
@@ -176,6 +188,42 @@ def test_frequencies_outlive_a_change_of_dtype(swiftkv):
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected, rtol=1e-6, atol=0)
     assert swiftkv or isinstance(embedding, ExactRotaryEmbedding)
+
+
+def test_a_base_that_was_cast_is_rewritten_with_its_frequencies_whole():
+    base = tiny_llama().to(torch.bfloat16)
+    assert base.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    model = rewrite(base, num_key_value_layers=3)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, tiny_llama().model.rotary_emb.inv_freq.float())
+
+
+def test_a_reset_heals_what_is_no_number():
+    """Slots of sinks that are still empty are read, for a weight of 0."""
+    model, ids = swiftkv_model(), random_ids(1, 9)
+    cache = new_cache(model, window=6, attention_sinks=4)
+    logits(model, ids, cache)
+    for layer in cache.segments:
+        layer.values.fill_(float("nan"))
+    cache.reset()
+    torch.testing.assert_close(logits(model, ids[:, :1], cache), logits(model, ids[:, :1], None), rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_could_not_be_allocated_may_be_reset(monkeypatch):
+    model, ids = swiftkv_model(), random_ids(1, 9)
+    cache, taken = new_cache(model), []
+    take = segment_layer.SegmentLayer.take
+
+    def fails(layer, *parts):
+        taken.append(layer)
+        if len(taken) == 3:
+            raise MemoryError
+        take(layer, *parts)
+
+    monkeypatch.setattr(segment_layer.SegmentLayer, "take", fails)
+    with pytest.raises(MemoryError):
+        logits(model, ids, cache)
+    cache.reset()
+    torch.testing.assert_close(logits(model, ids, cache), logits(model, ids, new_cache(model)), **SAME)
 
 
 @pytest.mark.parametrize("swiftkv", [False, True])

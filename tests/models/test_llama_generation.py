@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from swiftkv_models import rewrite
+from swiftkv_models.attention import GROUPED
 from tiny import FAMILIES, random_ids, randomise_tail, tiny_llama
 
 EXACT = 1e-12  # fp64; only the order of sums may differ
@@ -94,16 +95,20 @@ def test_cached_generation_equals_uncached(family, first, group):
     assert torch.equal(generated[:, 12:][stop], expected[:, 12:][stop])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", GROUPED])
+@pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
-def test_a_conversation_continues_from_its_cache(cache_kind):
+def test_a_conversation_continues_from_its_cache(cache_kind, keep, attention):
+    """What a static cache has not been filled with yet is no key."""
     model, ids = swiftkv(), random_ids(2, 24)
+    model.set_attn_implementation(attention)
     cache = DynamicCache(config=model.config)
     if cache_kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=32)
     turns = [ids[:, :7], ids[:, 7:8], ids[:, 8:20], ids[:, 20:]]
     full, at = model(ids, use_cache=False).logits, 0
     for turn in turns:
-        logits = model(turn, past_key_values=cache, use_cache=True, logits_to_keep=2).logits
+        logits = model(turn, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         at += turn.shape[1]
         assert torch.allclose(logits, full[:, at - logits.shape[1] : at], atol=EXACT, rtol=0)
 

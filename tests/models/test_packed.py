@@ -103,7 +103,7 @@ def test_it_can_still_be_saved(pair, tmp_path):
 def test_it_stays_where_it_was_packed(pair):
     _, packed = pair
     packed.to("cpu", torch.float32)
-    with pytest.raises(ValueError, match="call pack_linears after `to`"):
+    with pytest.raises(ValueError, match="load the model again, and pack it after `to`"):
         packed.to(torch.bfloat16)
     with pytest.raises(ValueError, match="meta"):
         packed.to("meta")

@@ -87,6 +87,13 @@ def test_groups_of_any_size_are_saved_and_loaded(tmp_path):
         rewrite(loaded, num_key_value_layers=2)
 
 
+def test_a_model_in_parts_is_refused():
+    model = tiny_llama()
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(RewriteError, match="in parts on several devices"):
+        rewrite(model, num_key_value_layers=3)
+
+
 def test_an_unknown_family_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11))
     with pytest.raises(RewriteError, match="'gpt2' is not known; known: llama"):

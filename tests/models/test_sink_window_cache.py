@@ -249,11 +249,25 @@ def test_prefix_and_stream_together_are_that_many_sinks(model, chunks, sharing):
         torch.testing.assert_close(found[row], expected, **CLOSE)
 
 
+def test_rows_with_a_prefix_beside_rows_without_sinks(model):
+    """The prefix is met at its places in the cache, though nothing else is pinned."""
+    prefix = prefix_of(model, 9)
+    ids = torch.stack([torch.cat([torch.tensor(prefix.token_ids), random_ids(25)]), random_ids(34, seed=3)])
+    cache = SinkWindowCache(model.config, window=6, attention_sinks=0, prefixes=prefix, input_ids=ids)
+    assert cache.shared_rows == 1
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    found = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **options)
+    for row, sinks in enumerate((9, 0)):
+        expected = naive_streaming_logits(model, found.sequences[row, :-1], 6, sinks)[-3:]
+        torch.testing.assert_close(torch.stack(found.logits)[:, row].double(), expected, **CLOSE)
+
+
 def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
     prefix = prefix_of(model, 12)
     ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 7)], dim=1)
     assert SinkWindowCache(model.config, window=8, prefixes=prefix, input_ids=ids).shared_rows == 0  # some kilobytes
-    assert not shared_prefix.sharing_pays(1, 10**6, 10**3, torch.device("cuda"))
+    assert not shared_prefix.sharing_pays(1, 100, 10**3, torch.device("cuda"))
+    assert shared_prefix.sharing_pays(1, 10**4, 10**3, torch.device("cuda"))
     assert shared_prefix.sharing_pays(2, 1, 3 * 64 * 2, torch.device("cuda"))
     on_cpu = torch.device("cpu")
     assert shared_prefix.sharing_pays(16, 4096, 3 * 64 * 2, on_cpu)
@@ -328,8 +342,9 @@ def test_a_quantised_prefix(model, sharing):
     assert 1e-4 < (found - exact).norm() / exact.norm() < 0.05
 
 
+@torch.no_grad()
 def test_what_is_refused(model):
-    config = model.config
+    config, ids = model.config, random_ids(1, 5)
     with pytest.raises(ValueError, match="window must be at least 1"):
         SinkWindowCache(config, window=0)
     with pytest.raises(ValueError, match="quantization 'int4' is not known; use int8 or fp8"):
@@ -344,6 +359,16 @@ def test_what_is_refused(model):
         SinkWindowCache(config, window=4, prefixes=deeper, input_ids=random_ids(1, 9))
     with pytest.raises(ValueError, match="at least one token"):
         SharedPrefix.from_ids(model, [])
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="padding on the left alone"):
+        SinkWindowCache(config, window=4, attention_sinks=2, prefixes=prefix, input_ids=ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"give a SinkWindowCache its model's own, model\.config"):
+        SinkWindowCache(type(config)(), window=4)
+    with (
+        torch.enable_grad(),
+        pytest.raises(ValueError, match=r"carries no gradient: .* under torch\.no_grad"),
+    ):
+        model(ids, past_key_values=SinkWindowCache(config, window=4))
     cache = SinkWindowCache(config, window=4)
     feed(model, random_ids(2, 3), cache, [3])
     with pytest.raises(ValueError, match="the cache holds 2 rows, not 3"):
@@ -354,6 +379,7 @@ def test_what_is_refused(model):
         cache.crop(-1)
 
 
+@torch.no_grad()
 def test_padding_that_positions_count_is_refused(model):
     cache = SinkWindowCache(model.config, window=4)
     mask = torch.tensor([[0, 1, 1, 1]])
