@@ -387,6 +387,16 @@ def test_triton_kernel_in_a_child_process(run_interpreted):
     assert run_interpreted(__file__) > 100
 
 
+@pytest.mark.parametrize("logits", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("write_difference", [False, True])
+def test_kernel_compiles_for_gpus(compile_for_gpu, logits, write_difference):
+    types = dict.fromkeys(["logits", "delta", "difference"], f"*{logits}")
+    types |= dict.fromkeys(["step_norm", "kl", "norm"], "*fp32") | {"inverse_temperature": "fp32"}
+    own = sys.modules["swiftkv_kernels.distillation_kl"]  # under that name the package has the function
+    constants = {"WRITE_DIFFERENCE": write_difference, "UNIT": own._UNIT, "BLOCK": 4096}
+    compile_for_gpu(own._row_kernel(), types, constants)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_native_kernel_at_full_size(dtype):

@@ -228,10 +228,6 @@ def test_triton_kernels_in_a_child_process(run_interpreted):
     assert run_interpreted(os.path.join(os.path.dirname(__file__), "test_segment_attention.py")) > 50
 
 
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have, by compute capability
-
-
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("queries", "stored", "size", "rows", "slots"),
     [
@@ -244,16 +240,15 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have, by compu
         pytest.param("fp32", "i8", 256, 16, 16, marks=pytest.mark.slow),
     ],
 )
-def test_kernels_compile_for_a_gpu(capability, queries, stored, size, rows, slots):
-    """Types are checked by the compiler only: the interpreter takes what it refuses. Sizes of 1 are constants there."""
-    triton = pytest.importorskip("triton")
-    compiler = pytest.importorskip("triton.backends.compiler")
+def test_kernels_compile_for_a_gpu(compile_for_gpu, queries, stored, size, rows, slots):
+    """Sizes of 1 are constants there."""
     own_slots, prefixes, merge = triton_path._kernels()
     pointers = {"key": stored, "value": stored, "key_scale": "fp32", "value_scale": "fp32", "output": queries}
     pointers |= {"query": queries, "pinned_query": queries, "partials": "fp32", "log_sum_exps": "fp32"}
     pointers |= dict.fromkeys(("positions", "query_positions", "lengths", "group_of_row"), "i32")
     tile = {"R": 3, "C": size, "BLOCK_M": rows, "BLOCK_N": slots, "BLOCK_C": size, "UPCAST": False}
     own, prefix = {"G": 3, **tile}, {"BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
+    types = {**{name: f"*{kind}" for name, kind in pointers.items()}, "scaling": "fp32"}
     ones = dict.fromkeys(("batch", "length", "count", "scale_n", "positions_n", "queries_of_row"), 1)
     for kernel, constants in [
         (own_slots, own),
@@ -263,17 +258,7 @@ def test_kernels_compile_for_a_gpu(capability, queries, stored, size, rows, slot
         (merge, {"BLOCK_PARTS": 64, "C": size - 16, "BLOCK_C": size}),
         (merge, {"BLOCK_PARTS": 16, "C": size, "BLOCK_C": size, **ones}),
     ]:
-        names = kernel.arg_names
-        constants = {name: value for name, value in constants.items() if name in names}
-        types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
-        types |= {"scaling": "fp32"} if "scaling" in names else {}
-        types |= dict.fromkeys(constants, "constexpr")
-        source = triton.compiler.ASTSource(
-            fn=kernel, signature=types, constexprs={(names.index(name),): value for name, value in constants.items()}
-        )
-        compiled = triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32))
-        assert "cubin" in compiled.asm
-        assert compiled.metadata.shared <= SHARED_BYTES[capability]
+        compile_for_gpu(kernel, types, constants)
 
 
 def test_a_window_that_fills_does_not_recompile():
