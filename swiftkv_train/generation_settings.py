@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says, checked, and the part of it that this project decodes by."""
+"""What a model's generation_config.json says, checked, and how this project decodes by it and by what it was asked."""
 
 from __future__ import annotations
 
@@ -67,3 +67,53 @@ def kept_settings(generation_config: Any) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(**{key: getattr(generation_config, key, None) for key in KEPT})
+
+
+def default_temperature(settings: Any) -> float:
+    """What to sample at where nobody says: 0 (greedy) for a model whose settings say so, else its own, else 1."""
+    if settings.do_sample is False:
+        return 0.0
+    return 1.0 if settings.temperature is None else float(settings.temperature)
+
+
+def end_token_ids(settings: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the model's and the tokenizer's."""
+    ends = settings.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+
+
+def decoding_config(
+    settings: Any,
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> Any:
+    """The GenerationConfig for one answer; None stands for what the model's own `settings` say.
+
+    `top_k` below 1 means all tokens, as do settings without one.
+    """
+    from transformers import GenerationConfig
+
+    temperature = default_temperature(settings) if temperature is None else temperature
+    greedy = temperature < GREEDY_BELOW
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # unset values: others warn if greedy
+    if not greedy:
+        top_k = settings.top_k if top_k is None else top_k
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": max(top_k or 0, 0), "min_p": min_p}
+    ends = sorted(end_token_ids(settings, tokenizer))
+    pads = (settings.pad_token_id, tokenizer.pad_token_id, *ends, 0)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=not greedy,
+        **sampling,
+        repetition_penalty=repetition_penalty,
+        num_beams=1,
+        num_return_sequences=1,
+        eos_token_id=ends or None,
+        pad_token_id=next(pad for pad in pads if pad is not None),
+    )

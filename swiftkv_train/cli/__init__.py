@@ -258,13 +258,44 @@ def serve(
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the directory's.")] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most tokens of a prompt and its answer, and of the K/V kept for later requests; default: the model's "
+            "own, which may need much memory.",
+        ),
+    ] = None,
+    max_output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer; default: 4096.")
+    ] = None,
+    reuse: Annotated[
+        bool, typer.Option(help="Keep the K/V of prompts and answers for later requests that begin alike.")
+    ] = True,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose web pages may use the server, like http://localhost:3000; may be repeated."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No line about every request on standard error.")] = False,
 ) -> None:
-    """Serve a checkpoint with an OpenAI-compatible API."""
+    """Serve a checkpoint with an OpenAI-compatible API: to one request at a time, the others wait in their order."""
     if api_key is None:
         api_key = os.environ.get("SWIFTKV_API_KEY")  # typer takes an empty one for none
     from swiftkv_train.serve import run_server
 
-    run_server(checkpoint, host=host, port=port, api_key=api_key, served_model_name=model_name, max_queue=max_queue)
+    run_server(
+        checkpoint,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=model_name,
+        max_queue=max_queue,
+        context_length=context_length,
+        max_output_tokens=max_output_tokens,
+        reuse=reuse,
+        cors_origins=cors_origin or (),
+        quiet=quiet,
+    )
 
 
 @app.command(epilog=example('swiftkv chat outputs/quickstart/checkpoint --prompt "Why is the sky blue?"'))

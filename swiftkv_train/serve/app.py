@@ -6,17 +6,19 @@ Every answer that is not a success is {"error": {message, type, param, code}}. L
 """
 
 import asyncio
+import difflib
 import hmac
 import json
 import os
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from swiftkv_train.errors import UserError
 from swiftkv_train.serve.api_error import ApiError
@@ -30,26 +32,33 @@ from swiftkv_train.serve.contract import (
     TokenStream,
 )
 from swiftkv_train.serve.prompts import chat_token_ids, completion_token_ids, generation_request
-from swiftkv_train.serve.replies import ChatReply, CompletionReply, Reply, Usage
-from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest, GenerationParameters, refusal
+from swiftkv_train.serve.replies import ChatReply, CompletionReply, PromptTokensDetails, Reply, Usage
+from swiftkv_train.serve.request_log import RequestLog, Served, served
+from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest, GenerationParameters
 
 try:
     import anyio.to_thread
     from fastapi import Depends, FastAPI, Request, Response
     from fastapi.responses import JSONResponse
     from sse_starlette import EventSourceResponse
+    from sse_starlette.sse import SendTimeoutError
     from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.types import Receive, Scope, Send
 except ImportError as missing:
     raise UserError(f"serving needs {missing.name}: pip install 'swiftkv-train[serve]'") from missing
 
+from swiftkv_train.serve.bodies import read_body
+
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 DEFAULT_MAX_OUTPUT_TOKENS = 4096
-BODY_TIMEOUT_S = 60.0
+MAX_UNTOKENIZED = 64  # requests whose prompt waits to be tokenized; those that wait for the model come on top
 RETRY_AFTER_S = 1
+SEND_TIMEOUT_S = 60.0  # for a client that does not read its stream
 # sse-starlette would cut streams as soon as uvicorn is told to exit; `server.py` bounds that time itself.
 STREAM_GRACE_S = 3600.0
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 
 Schema = TypeVar("Schema", bound=GenerationParameters)
 
@@ -60,16 +69,26 @@ def create_app(
     api_key: str | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_output_tokens: int = DEFAULT_MAX_OUTPUT_TOKENS,
+    cors_origins: Sequence[str] = (),
+    log: Callable[[str], None] | None = None,
 ) -> FastAPI:
-    """The application; the caller owns and closes the engine. Raises UserError for a key that no client can send and
+    """The application; the caller owns and closes the engine. Web pages of `cors_origins` may use it; `log` is given a
+    line about every request. Raises UserError for a key that no client can send, an origin that no browser sends and
     for limits below 1.
     """
     check_api_key(api_key)
+    check_origins(cors_origins)
     for name, limit in (("max_body_bytes", max_body_bytes), ("max_output_tokens", max_output_tokens)):
         if limit < 1:
             raise UserError(f"{name} is {limit}; it must be 1 or more")
 
     app = FastAPI(title="swiftkv", openapi_url=None)  # no documentation pages: they load scripts from elsewhere
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    if log is not None:
+        app.add_middleware(RequestLog, write=log)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_unexpected)  # starlette raises it again afterwards, for uvicorn's log
@@ -81,19 +100,23 @@ def create_app(
     async def answer(
         request: Request, schema: type[Schema], token_ids_of: Callable[[Schema], list[int]], reply: Reply
     ) -> Response:
-        body = await _read_body(request, schema, max_body_bytes)
+        body = await read_body(request, schema, max_body_bytes)
         _check_model(body.model, info.name)
         if body.stream_options is not None and not body.stream:
             raise ApiError(
                 400, "Parameter 'stream_options': needs stream", code="invalid_value", param="stream_options"
             )
         _check_accepting(engine)  # before the work of tokenizing
+        if tokenizing.statistics().tasks_waiting >= MAX_UNTOKENIZED:
+            raise _queue_full()
         token_ids = await anyio.to_thread.run_sync(token_ids_of, body, limiter=tokenizing)
         tokens = _submit(engine, generation_request(body, token_ids, info, max_output_tokens))
+        record = served(request.scope)
+        record.prompt_tokens = len(token_ids)
         if not body.stream:
-            return await _whole_answer(request, tokens, reply, len(token_ids))
+            return await _whole_answer(request, tokens, reply, record)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return _StreamedAnswer(tokens, _sse_data(tokens, reply, len(token_ids), with_usage))
+        return _StreamedAnswer(tokens, _sse_data(tokens, reply, record, with_usage))
 
     @app.post("/v1/chat/completions", dependencies=keyed, response_model=None)
     async def chat_completions(request: Request) -> Response:
@@ -157,6 +180,15 @@ def check_api_key(api_key: str | None) -> None:
         raise UserError("the API key holds white space, which clients do not send as it is; give one without")
 
 
+def check_origins(origins: Sequence[str]) -> None:
+    """Raises UserError for what no browser sends as the origin of a page."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UserError(
+                f"origin {origin!r} is none; give a page's scheme, host and port, like http://localhost:3000, or *"
+            )
+
+
 def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
         if api_key is None:
@@ -193,47 +225,18 @@ def _shutting_down() -> ApiError:
     return ApiError(503, "The server is shutting down", code="shutting_down", headers=headers)
 
 
-async def _read_body(request: Request, schema: type[Schema], max_bytes: int) -> Schema:
-    # Also keeps web pages out: without this check a page the user visits could post here as plain text.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "The body must have Content-Type: application/json", code="unsupported_media_type")
-    too_large = ApiError(
-        413, f"The body is larger than {max_bytes} bytes", code="body_too_large", headers={"Connection": "close"}
-    )
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise too_large
-
-    async def read() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
-        return bytes(body)
-
-    try:
-        body = await asyncio.wait_for(read(), BODY_TIMEOUT_S)
-    except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:.0f} s", code="request_timeout") from None
-    except ClientDisconnect:
-        raise ApiError(400, "The body is incomplete", code="invalid_json") from None
-    try:
-        return schema.model_validate_json(body)
-    except ValidationError as error:
-        raise refusal(error, schema) from None
-
-
 def _submit(engine: Engine, request: GenerationRequest) -> TokenStream:
     try:
         return engine.submit(request)
     except QueueFullError:
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        raise ApiError(
-            429, "Too many requests wait already; try again later", code="queue_full", headers=headers
-        ) from None
+        raise _queue_full() from None
     except EngineStoppingError:
         raise _shutting_down() from None
+
+
+def _queue_full() -> ApiError:
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return ApiError(429, "Too many requests wait already; try again later", code="queue_full", headers=headers)
 
 
 def _engine_failure(error: Exception) -> ApiError:
@@ -242,22 +245,23 @@ def _engine_failure(error: Exception) -> ApiError:
     return ApiError(500, "The server failed while generating; its log says why", code="internal_error")
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+def _usage(record: Served) -> Usage:
+    prompt_tokens = record.prompt_tokens or 0
     return Usage(
         prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
+        completion_tokens=record.new_tokens,
+        total_tokens=prompt_tokens + record.new_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=record.cached_tokens),
     )
 
 
-async def _whole_answer(request: Request, tokens: TokenStream, reply: Reply, prompt_tokens: int) -> Response:
+async def _whole_answer(request: Request, tokens: TokenStream, reply: Reply, record: Served) -> Response:
     async def collect() -> BaseModel:
-        pieces, count, finish_reason = [], 0, "length"
+        pieces = []
         async for event in tokens:
-            count += 1
+            record.add(event)
             pieces.append(event.text)
-            finish_reason = event.finish_reason or finish_reason
-        return reply.whole("".join(pieces), finish_reason, _usage(prompt_tokens, count))
+        return reply.whole("".join(pieces), record.finish_reason or "length", _usage(record))
 
     async def client_leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -278,23 +282,24 @@ async def _whole_answer(request: Request, tokens: TokenStream, reply: Reply, pro
             leaving.cancel()
 
 
-async def _sse_data(tokens: TokenStream, reply: Reply, prompt_tokens: int, with_usage: bool) -> AsyncIterator[dict]:
+async def _sse_data(tokens: TokenStream, reply: Reply, record: Served, with_usage: bool) -> AsyncIterator[dict]:
     def data(part: BaseModel) -> dict:
         # As ASCII: some clients break lines at U+2028 or U+0085 too.
         return {"data": json.dumps(part.model_dump())}
 
     for part in reply.opening():
         yield data(part)
-    count = 0
     try:
         async for event in tokens:
-            count += 1
+            record.add(event)
             if event.text or event.finish_reason:
                 yield data(reply.piece(event.text, event.finish_reason))
         if with_usage:
-            yield data(reply.closing_usage(_usage(prompt_tokens, count)))
+            yield data(reply.closing_usage(_usage(record)))
     except (EngineStoppingError, GenerationError) as error:
-        yield {"data": json.dumps(_engine_failure(error).body())}
+        failure = _engine_failure(error)
+        record.error = failure.code
+        yield {"data": json.dumps(failure.body())}
     yield {"data": "[DONE]"}
 
 
@@ -302,24 +307,28 @@ class _StreamedAnswer(EventSourceResponse):
     """Server-sent events that close their token stream however they end, before the first event too."""
 
     def __init__(self, tokens: TokenStream, events: AsyncIterator[dict]):
-        super().__init__(events, sep="\n", shutdown_grace_period=STREAM_GRACE_S)
+        super().__init__(events, sep="\n", shutdown_grace_period=STREAM_GRACE_S, send_timeout=SEND_TIMEOUT_S)
         self._tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except* SendTimeoutError:
+            served(scope).error = "send_timeout"
         finally:
             await self._tokens.aclose()
 
 
 async def _answer_api_error(request: Request, error: Any) -> Response:
+    served(request.scope).error = error.code
     return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _answer_http_exception(request: Request, error: Any) -> Response:
     code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
-    what = HTTPStatus(error.status_code).phrase
-    message = f"{what}: {request.method} {request.url.path}"
+    message = f"{HTTPStatus(error.status_code).phrase}: {request.method} {request.url.path}"
+    if error.status_code == 404 and (near := difflib.get_close_matches(request.url.path, ROUTES, n=1, cutoff=0.7)):
+        message += f"; did you mean {near[0]}? A client's base URL here ends in /v1"
     answer = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
     return await _answer_api_error(request, answer)
 

@@ -29,6 +29,9 @@ class GenerationRequest:
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
+    top_k: int | None = None  # None, here and below: the checkpoint's own; 0: all tokens
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     stop: Sequence[str] = ()
     seed: int | None = None  # None: a fresh one
 
@@ -38,6 +41,7 @@ class TokenEvent:
     token_id: int
     text: str  # what became final with this token, often empty
     finish_reason: FinishReason | None = None  # set on the last event
+    cached_tokens: int = 0  # of the prompt, that did not run again; the same on every event
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class EngineStats:
     cancelled: int = 0
     failed: int = 0
     prompt_tokens: int = 0  # of requests that began to run
+    cached_tokens: int = 0  # of these, whose K/V an earlier request had left
     generated_tokens: int = 0
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
-from swiftkv_train.generation_settings import GREEDY_BELOW
+from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
@@ -28,6 +28,7 @@ from swiftkv_train.serve.contract import (
     TokenEvent,
     TokenStream,
 )
+from swiftkv_train.serve.kept_caches import KeptCaches, generate
 from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
     directory = Path(model_dir)
     try:
         if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory; give the directory of an exported checkpoint")
+            raise UserError(
+                f"{directory}: no such directory; give that of an exported checkpoint, or of a base model, which "
+                "`swiftkv fetch ORG/NAME --to DIR` gets from the hub"
+            )
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: has no config.json; give the directory of an exported checkpoint")
         if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -55,8 +59,6 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory))
-    if not tokenizer.chat_template:
-        raise UserError(f"{directory}: its tokenizer has no chat template; add the base model's chat_template.jinja")
     check_vocabulary(tokenizer, config.vocab_size, str(directory))
     return load_for_inference(str(directory), dtype=dtype), tokenizer
 
@@ -118,6 +120,7 @@ class _TokenSink(StoppingCriteria):
         self._decoder = IncrementalDecoder(tokenizer, job.request.prompt_token_ids)
         self._scanner = StopScanner(job.request.stop)
         self.tokens = 0
+        self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
@@ -134,37 +137,43 @@ class _TokenSink(StoppingCriteria):
             text += self._scanner.push(self._decoder.flush())
             text += self._scanner.flush()
             self.finish_reason = "stop" if at_end_token or self._scanner.found else "length"
-        self._job.emit(TokenEvent(token_id, text, self.finish_reason))
+        self._job.emit(TokenEvent(token_id, text, self.finish_reason, self.cached_tokens))
 
 
 class GenerateEngine:
     """Runs admitted requests one after another through `model.generate`, in one thread of its own.
 
     At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
-    the checkpoint's generation_config.json. A cancelled request stops at its next token; a prefill is not interrupted.
+    the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With `reuse` the K/V of
+    up to that many tokens are kept for later requests that begin alike. A cancelled request stops at its next token,
+    or before the next piece of its prompt.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str = "swiftkv", max_queue: int = 64):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "swiftkv",
+        max_queue: int = 64,
+        context_length: int | None = None,
+        reuse: bool = True,
+    ):
         if max_queue < 0:
             raise UserError(f"max_queue is {max_queue}; it must be 0 or more")
-        context_length = getattr(model.config, "max_position_embeddings", None)
-        if not context_length:
-            raise UserError("the model's config.json has no max_position_embeddings, so its context length is unknown")
         self._model = model
         self._defaults = model.generation_config
         self._info = ModelInfo(
             name=name,
-            context_length=int(context_length),
+            context_length=_context_length(model, context_length),
             vocab_size=int(model.get_input_embeddings().num_embeddings),
-            default_temperature=1.0 if self._defaults.temperature is None else float(self._defaults.temperature),
+            default_temperature=default_temperature(self._defaults),
             default_top_p=1.0 if self._defaults.top_p is None else float(self._defaults.top_p),
         )
+        self._kept = KeptCaches(model.config, self._info.context_length if reuse else 0)
         self._tokenizer = tokenizer
-        self._decoding_tokenizer = copy.deepcopy(
-            tokenizer
-        )  # a fast tokenizer must not encode and decode in two threads
-        eos = self._defaults.eos_token_id
-        self._eos_token_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        # A fast tokenizer must not encode and decode in two threads.
+        self._decoding_tokenizer = copy.deepcopy(tokenizer)
         self._max_queue = max_queue
         self._waiting: deque[_Job] = deque()
         self._running: _Job | None = None
@@ -246,17 +255,19 @@ class GenerateEngine:
             sink, failed = None, 0
             try:
                 sink = _TokenSink(job, self._decoding_tokenizer, self._end_token_ids(job.request))
-                self._generate(job.request, sink)
+                self._generate(job, sink)
                 if sink.finish_reason is None and not job.cancelled:
                     raise RuntimeError("generate ended before the request did")
             except Exception:
                 logger.exception("generation failed")
+                self._kept.clear()  # whose memory the next one may need
                 failed = 1
             with self._changed:
                 self._running = None
                 finished = int(sink is not None and sink.finish_reason is not None and not failed)
-                tokens = 0 if sink is None else sink.tokens
-                self._count(generated_tokens=tokens, finished=finished, failed=failed, cancelled=1 - finished - failed)
+                if sink is not None:
+                    self._count(generated_tokens=sink.tokens, cached_tokens=sink.cached_tokens)
+                self._count(finished=finished, failed=failed, cancelled=1 - finished - failed)
                 self._changed.notify_all()
             if failed:
                 job.emit(GenerationError())
@@ -265,33 +276,42 @@ class GenerateEngine:
         """The model's own end tokens and the stop strings that name a special token, which never shows in the text."""
         added = self._decoding_tokenizer.added_tokens_decoder
         special = {token.content: token_id for token_id, token in added.items() if token.special}
-        return self._eos_token_ids | {special[stop] for stop in request.stop if stop in special}
+        ends = end_token_ids(self._defaults, self._decoding_tokenizer)
+        return ends | {special[stop] for stop in request.stop if stop in special}
 
-    def _generate(self, request: GenerationRequest, sink: _TokenSink) -> None:
-        device = self._model.device
-        input_ids = torch.tensor([list(request.prompt_token_ids)], device=device)
+    def _generate(self, job: _Job, sink: _TokenSink) -> None:
+        request, device = job.request, self._model.device
+        cache = self._kept.take(request.prompt_token_ids)
+        sink.cached_tokens = cache.get_seq_length()
+        config = decoding_config(
+            self._defaults,
+            self._decoding_tokenizer,
+            max_new_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+        )
         # generate takes no generator, but it draws in this thread only: fork the global one for each request.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
-            self._model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=self._generation_config(request),
+            tokens = generate(
+                self._model,
+                request.prompt_token_ids,
+                cache,
+                stopped=lambda: job.cancelled,
+                generation_config=config,
                 stopping_criteria=StoppingCriteriaList([sink]),
             )
+        self._kept.keep(tokens, cache)
 
-    def _generation_config(self, request: GenerationRequest) -> GenerationConfig:
-        """What generate shall do; whatever is not set here it takes from the checkpoint's generation_config.json."""
-        greedy = request.temperature < GREEDY_BELOW
-        eos = sorted(self._eos_token_ids)
-        return GenerationConfig(
-            max_new_tokens=request.max_tokens,
-            do_sample=not greedy,
-            temperature=1.0 if greedy else request.temperature,
-            top_p=1.0 if greedy else request.top_p,
-            top_k=50 if greedy else self._defaults.top_k or 0,  # 50 is the unset value: any other warns under greedy
-            num_beams=1,
-            num_return_sequences=1,
-            eos_token_id=eos or None,
-            pad_token_id=self._defaults.pad_token_id if not eos else eos[0],
-        )
+
+def _context_length(model: Any, asked: int | None) -> int:
+    """The model's own, or what was `asked` for. Raises UserError for more than that, or if the model states none."""
+    own = getattr(model.config, "max_position_embeddings", None)
+    if not own:
+        raise UserError("the model's config.json has no max_position_embeddings, so its context length is unknown")
+    if asked is not None and not 1 <= asked <= own:
+        raise UserError(f"context_length is {asked}; this model allows 1 to {own}")
+    return int(own if asked is None else asked)

@@ -11,6 +11,13 @@ from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest
 
 def chat_token_ids(tokenizer: Any, body: ChatCompletionRequest) -> list[int]:
     """The conversation in the model's chat template, open for the assistant's turn. Raises ApiError (400)."""
+    if not tokenizer.chat_template:
+        raise ApiError(
+            400,
+            "This model has no chat template, so it takes no messages; send a prompt to /v1/completions",
+            code="no_chat_template",
+            param="messages",
+        )
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     try:
         token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -67,6 +74,9 @@ def generation_request(
         max_tokens=min(left, max_output_tokens) if asked is None else asked,
         temperature=info.default_temperature if body.temperature is None else body.temperature,
         top_p=info.default_top_p if body.top_p is None else body.top_p,
+        top_k=None if body.top_k is None else max(body.top_k, 0),
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
         stop=tuple(body.stop or ()),
         seed=body.seed,
     )

@@ -7,10 +7,15 @@ from typing import Any, Protocol
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int  # that did not run again
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int  # every generated token, the one that ends the turn included
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class _WithoutAbsent(BaseModel):

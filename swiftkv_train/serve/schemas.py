@@ -1,6 +1,7 @@
 """What a client may ask: the OpenAI chat completions and completions, as far as they are supported.
 
-A parameter that would change the answer and is not supported is refused by name; its neutral value is accepted.
+A parameter that would change the answer and is not supported is refused by name; its neutral value is accepted, as is
+any value of those that cannot change it.
 """
 
 import difflib
@@ -20,6 +21,8 @@ from swiftkv_train.serve.api_error import ApiError
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024
+# What other servers call it, where that is not near enough in spelling.
+OTHER_NAMES = {"n_predict": "max_tokens", "num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
 
 def only(*neutral: Any, because: str = "it is not supported") -> AfterValidator:
@@ -37,6 +40,11 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _absent_if_minus_one(value: Any) -> Any:
+    """A limit of -1 is how some clients say that there is none."""
+    return None if type(value) is int and value == -1 else value
+
+
 def _joined_text(value: Any) -> Any:
     """A message's content as one string; text parts are joined by line breaks."""
     if isinstance(value, str):
@@ -49,15 +57,24 @@ def _joined_text(value: Any) -> Any:
             raise PydanticCustomError(
                 "unsupported_parameter", "only text parts are supported, not {kind}", {"kind": repr(kind)[:40]}
             )
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise PydanticCustomError("content_part", "a text part is {{'type': 'text', 'text': a string}}")
+        if not isinstance(part.get("text"), str):
+            raise PydanticCustomError("content_part", "a text part needs a 'text' that is a string")
     return "\n".join(part["text"] for part in value)
 
 
 def _text_or_token_ids(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
         return value
-    raise PydanticCustomError("prompt_type", "must be one string or one non-empty list of token ids")
+    raise PydanticCustomError("prompt_type", "must be one prompt: a string or a non-empty list of token ids")
+
+
+def _system_if_developer(value: Any) -> Any:
+    return "system" if value == "developer" else value
+
+
+MaxTokens = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_absent_if_minus_one)]
 
 
 class _Request(BaseModel):
@@ -70,24 +87,31 @@ class StreamOptions(_Request):
 
 
 class Message(_Request):
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_system_if_developer)]
     content: Annotated[str, BeforeValidator(_joined_text)]
     # What an assistant message got from a server may carry when it is sent back.
-    name: Annotated[Any, only()] = None
+    reasoning_content: Any = None
+    reasoning: Any = None
     refusal: Annotated[Any, only()] = None
     audio: Annotated[Any, only()] = None
     annotations: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only()] = None
     tool_calls: Annotated[Any, only([])] = None
+    # Templates show neither.
+    name: Any = None
+    cache_control: Any = None
 
 
 class GenerationParameters(_Request):
     """What both routes take."""
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1)  # -1 and 0: all tokens
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     stop: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
@@ -99,38 +123,45 @@ class GenerationParameters(_Request):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+
+    # What cannot change an answer.
+    user: Any = None
+    safety_identifier: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
 
     n: Annotated[Any, only(1, because="one completion per request is what is supported")] = None
     frequency_penalty: Annotated[Any, only(0)] = None
     presence_penalty: Annotated[Any, only(0)] = None
     logit_bias: Annotated[Any, only({})] = None
-    prompt_logprobs: Annotated[
-        Any, only(because="the prompt skips the upper layers, so its log-probabilities do not exist")
-    ] = None
+    prompt_logprobs: Annotated[Any, only()] = None
+    min_tokens: Annotated[Any, only(0)] = None
+    ignore_eos: Annotated[Any, only(False)] = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    options: Annotated[Any, only({})] = None
 
 
 class ChatCompletionRequest(GenerationParameters):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MaxTokens = None
 
     logprobs: Annotated[Any, only(False)] = None
     top_logprobs: Annotated[Any, only()] = None
     tools: Annotated[Any, only([])] = None
     tool_choice: Annotated[Any, only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, only()] = None
+    parallel_tool_calls: Any = None  # there are no tools
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
     response_format: Annotated[Any, only({"type": "text"}, because="only text is supported")] = None
     modalities: Annotated[Any, only(["text"], because="only text is supported")] = None
     audio: Annotated[Any, only()] = None
-    prediction: Annotated[Any, only()] = None
+    prediction: Any = None  # it would only make the answer come sooner
     reasoning_effort: Annotated[Any, only()] = None
     verbosity: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None
-    service_tier: Annotated[Any, only("auto", "default")] = None
     store: Annotated[Any, only(False)] = None
-    metadata: Annotated[Any, only({})] = None
 
 
 class CompletionRequest(GenerationParameters):
@@ -156,10 +187,20 @@ def refusal(error: ValidationError, schema: type[BaseModel]) -> ApiError:
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"][1:]
     )
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(param, schema.model_fields, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        near = _nearest(detail["loc"], schema)
+        hint = f"; did you mean '{near}'?" if near else ""
         return ApiError(400, f"Unknown parameter '{param}'{hint}", code="unknown_parameter", param=param)
     if kind == "missing":
         return ApiError(400, f"Missing parameter '{param}'", code="missing_required_parameter", param=param)
     code = kind if kind == "unsupported_parameter" else "invalid_value"
     return ApiError(400, f"Parameter '{param}': {message}", code=code, param=param)
+
+
+def _nearest(path: tuple[int | str, ...], schema: type[BaseModel]) -> str | None:
+    """The known name that is most like the last one of `path`, among those of its own place."""
+    name = str(path[-1])
+    if len(path) == 1 and name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    inner: dict[int | str, type[BaseModel]] = {"messages": Message, "stream_options": StreamOptions}
+    known = (schema if len(path) == 1 else inner[path[0]]).model_fields
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)

@@ -1,10 +1,13 @@
 """What `swiftkv serve DIRECTORY` runs: load the model, listen, and shut down cleanly."""
 
 import ipaddress
+import json
 import os
+import shlex
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from swiftkv_train.errors import UserError
@@ -22,16 +25,30 @@ def run_server(
     max_queue: int = 64,
     max_body_bytes: int | None = None,
     max_output_tokens: int | None = None,
+    context_length: int | None = None,
+    reuse: bool = True,
+    cors_origins: Sequence[str] = (),
     dtype: str = "auto",
     threads: int | None = None,
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT_S,
+    quiet: bool = False,
 ) -> None:
     """Serve the checkpoint until SIGINT or SIGTERM, then finish running requests within `drain_timeout` seconds.
 
-    `port` 0 takes a free one; None for a limit means its default. Raises UserError for a missing `serve` extra, a
-    directory that is no checkpoint, limits that make no sense, and an address that cannot be listened on.
+    `port` 0 takes a free one; None for a limit means its default. Standard error gets a line about every request,
+    unless `quiet`. For `context_length` and `reuse` see `GenerateEngine`, for `cors_origins` see `create_app`.
+
+    Raises:
+        UserError: a missing `serve` extra, a directory that is no checkpoint, limits that make no sense, an address
+            that cannot be listened on.
     """
-    from swiftkv_train.serve.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OUTPUT_TOKENS, check_api_key, create_app
+    from swiftkv_train.serve.app import (
+        DEFAULT_MAX_BODY_BYTES,
+        DEFAULT_MAX_OUTPUT_TOKENS,
+        check_api_key,
+        check_origins,
+        create_app,
+    )
     from swiftkv_train.serve.draining import DrainingServer
 
     if threads is not None and threads < 1:
@@ -39,7 +56,8 @@ def run_server(
     if not 0 <= port <= 65535:
         raise UserError(f"port is {port}; it must be 0 (a free one) to 65535")
     check_api_key(api_key)
-    listener = _bound_socket(host, port)  # before the model loads: a port in use is found out at once
+    check_origins(cors_origins)
+    listener = _listening_socket(host, port)  # before the model loads: a port in use is found out at once
     try:
         import torch
 
@@ -58,22 +76,30 @@ def run_server(
             f"on {model.device} in {time.perf_counter() - began:.1f} s",
             flush=True,
         )
-        engine = GenerateEngine(model, tokenizer, name=name, max_queue=max_queue)
+        engine = GenerateEngine(
+            model, tokenizer, name=name, max_queue=max_queue, context_length=context_length, reuse=reuse
+        )
         try:
             app = create_app(
                 engine,
                 api_key=api_key,
                 max_body_bytes=DEFAULT_MAX_BODY_BYTES if max_body_bytes is None else max_body_bytes,
                 max_output_tokens=DEFAULT_MAX_OUTPUT_TOKENS if max_output_tokens is None else max_output_tokens,
+                cors_origins=cors_origins,
+                log=None if quiet else _say,
             )
             address = _address(host, listener.getsockname()[1])
             if api_key is None and not _is_loopback(host):
-                print(f"warning: {address} is open to the network without an API key", file=sys.stderr, flush=True)
+                _say(f"warning: {address} is open to the network without an API key")
+            greeting = _greeting(
+                name, address, keyed=api_key is not None, chats=bool(tokenizer.chat_template), max_queue=max_queue
+            )
             server = DrainingServer(
                 app,
                 engine,
                 drain_timeout=drain_timeout,
-                on_started=lambda: print(_greeting(name, address, api_key is not None), flush=True),
+                on_started=lambda: print(greeting, flush=True),
+                say=_say,
             )
             server.run(sockets=[listener])
         finally:
@@ -82,7 +108,11 @@ def run_server(
         listener.close()
 
 
-def _bound_socket(host: str, port: int) -> socket.socket:
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -91,6 +121,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()  # at once, for two sockets that only have the address can have the same
         except OSError:
             listener.close()
             raise
@@ -111,10 +142,12 @@ def _address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greeting(name: str, address: str, keyed: bool) -> str:
+def _greeting(name: str, address: str, *, keyed: bool, chats: bool, max_queue: int) -> str:
     key = "-H 'Authorization: Bearer KEY' " if keyed else ""
-    body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
+    route = "/v1/chat/completions" if chats else "/v1/completions"
+    asked = {"messages": [{"role": "user", "content": "Hello"}]} if chats else {"prompt": "Hello"}
+    body = shlex.quote(json.dumps({"model": name, **asked, "max_tokens": 64}, ensure_ascii=False))
     return (
-        f"serving {name} at {address}/v1 (Ctrl-C drains and stops)\n"
-        f"try: curl {address}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
+        f"serving {name} at {address}/v1, one request at a time, {max_queue} may wait (Ctrl-C drains and stops)\n"
+        f"try: curl {address}{route} -H 'Content-Type: application/json' {key}-d {body}"
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 CONTEXT_TOKENS = 6  # enough for a word: a sentencepiece decoder drops the space before the first token it sees
+MAX_HELD_TOKENS = 32  # far more than a character has
+CHARACTER_TOKENS = 4  # the most that a character has, of one byte each
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character (yet)
 
 
@@ -15,12 +17,14 @@ class IncrementalDecoder:
     """The text that follows a prompt, token by token; the pieces together equal the decoding of all tokens at once.
 
     Decodes a short window (the tokens shown last and the ones not yet shown) instead of everything again, as vLLM does.
+    It stays short where no text comes: bytes that have not become a character after many tokens are given out.
     Special tokens are left out of the text.
     """
 
     def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._window = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        self._shown, self._shown_tokens = "", 0  # of the window: the text given out, and the tokens it came from
         if self._decode().endswith(REPLACEMENT):  # a prompt cut inside a character is no context
             self._window = []
         self._start_after_shown()
@@ -30,7 +34,7 @@ class IncrementalDecoder:
         self._window.append(token_id)
         text = self._decode()
         if text.endswith(REPLACEMENT) or len(text) <= len(self._shown):
-            return ""
+            return self._shorten(text) if len(self._window) - self._shown_tokens > MAX_HELD_TOKENS else ""
         new = text[len(self._shown) :]
         self._window = self._window[self._shown_tokens :]
         self._start_after_shown()
@@ -40,6 +44,18 @@ class IncrementalDecoder:
         """What is still held back, an incomplete character as U+FFFD."""
         new = self._decode()[len(self._shown) :]
         self._start_after_shown()
+        return new
+
+    def _shorten(self, text: str) -> str:
+        """What is final of the window's text that ends inside a character, or shows nothing new: all but its end."""
+        if not text.endswith(REPLACEMENT):
+            self._window = self._window[: self._shown_tokens]
+            return ""
+        new = text[len(self._shown) : -1]
+        # UTF-8 can be read from any byte on: the last tokens alone end in the same, perhaps unfinished, character.
+        self._window = self._window[-CHARACTER_TOKENS:]
+        self._shown_tokens = len(self._window)
+        self._shown = self._decode()[:-1]
         return new
 
     def _start_after_shown(self) -> None:

@@ -109,10 +109,17 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    model: Any, tokenizer: Any, *, max_queue: int = 8, drain_timeout: float = 5.0, **app: Any
+    model: Any,
+    tokenizer: Any,
+    *,
+    max_queue: int = 8,
+    context_length: int | None = None,
+    drain_timeout: float = 5.0,
+    say: Callable[[str], None] | None = None,
+    **app: Any,
 ) -> Iterator[Running]:
-    engine = GenerateEngine(model, tokenizer, name=MODEL_NAME, max_queue=max_queue)
-    server = DrainingServer(create_app(engine, **app), engine, drain_timeout=drain_timeout)
+    engine = GenerateEngine(model, tokenizer, name=MODEL_NAME, max_queue=max_queue, context_length=context_length)
+    server = DrainingServer(create_app(engine, **app), engine, drain_timeout=drain_timeout, say=say)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -3,14 +3,18 @@
 import concurrent.futures
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import torch
-from serving import MODEL_NAME, WAIT_S, Running, running, successor_model
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from serving import MODEL_NAME, WAIT_S, Running, config, running, successor_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import swiftkv_models
+from swiftkv_train.serve import load_model_and_tokenizer
 
 HELLO: list[Any] = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "sat on the mat 😀"}]
 # Every byte of it occurs once, so that a model can say it by heart.
@@ -27,24 +31,44 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return tokenizer.encode(text)
 
 
-def generated(model: LlamaForCausalLM, ids: list[int], count: int) -> list[int]:
+def counts(usage: Any) -> tuple[int, int, int]:
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
+def generated(model: Any, ids: list[int], count: int) -> list[int]:
     prompt = torch.tensor([ids])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
     return out[0, len(ids) :].tolist()
 
 
-def test_greedy_chat_is_what_generate_gives(
-    client: openai.OpenAI, random_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+@pytest.fixture(params=["base", "swiftkv"])
+def directory(
+    request: pytest.FixtureRequest,
+    random_model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> Path:
+    """A checkpoint of the random model, or of its SwiftKV form with shared K/V."""
+    made: Any = random_model
+    if request.param == "swiftkv":
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            base = LlamaForCausalLM(config(len(tokenizer), num_hidden_layers=4, initializer_range=0.5))
+        made = swiftkv_models.rewrite(base, num_key_value_layers=2, key_value_group_size=2)
+    made.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_greedy_chat_is_what_generate_gives(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     ids = prompt_ids(tokenizer)
-    wanted = generated(random_model, ids, 40)
-    answer = client.chat.completions.create(model=MODEL_NAME, messages=HELLO, max_tokens=40, temperature=0)
+    wanted = generated(AutoModelForCausalLM.from_pretrained(directory), ids, 40)
+    with running(*load_model_and_tokenizer(directory)) as it:
+        answer = it.client().chat.completions.create(model=MODEL_NAME, messages=HELLO, max_tokens=40, temperature=0)
     assert answer.choices[0].message.role == "assistant"
     end = wanted.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in wanted else 40
     assert answer.choices[0].message.content == tokenizer.decode(wanted[:end], skip_special_tokens=True)
-    assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), min(end + 1, 40))
-    assert answer.usage.total_tokens == len(ids) + min(end + 1, 40)
+    assert counts(answer.usage) == (len(ids), min(end + 1, 40), len(ids) + min(end + 1, 40))
     assert answer.choices[0].finish_reason == ("length" if end == 40 else "stop")
     assert (answer.object, answer.model) == ("chat.completion", MODEL_NAME)
 
@@ -61,7 +85,7 @@ def test_streamed_chat_equals_the_whole_one(client: openai.OpenAI, sampling: dic
     assert [c.choices[0].finish_reason for c in texts] == [None] * len(texts)
     assert last.choices[0].finish_reason == whole.choices[0].finish_reason
     assert usage.choices == []
-    assert usage.usage == whole.usage
+    assert counts(usage.usage) == counts(whole.usage)
 
 
 def test_seeds(client: openai.OpenAI) -> None:
@@ -97,12 +121,11 @@ def test_completions_of_text_and_of_token_ids(
         asked: dict[str, Any] = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 20, "temperature": 0}
         answer = client.completions.create(**asked)
         assert answer.choices[0].text == wanted
-        assert answer.usage is not None
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 20)
+        assert counts(answer.usage) == (len(ids), 20, len(ids) + 20)
         chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
         assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == wanted
         assert chunks[-2].choices[0].finish_reason == "length"
-        assert chunks[-1].usage == answer.usage
+        assert counts(chunks[-1].usage) == counts(answer.usage)
 
 
 def test_text_parts_and_neutral_values_are_accepted(client: openai.OpenAI) -> None:
@@ -126,15 +149,83 @@ def test_text_parts_and_neutral_values_are_accepted(client: openai.OpenAI) -> No
     assert client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=1).choices
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y"}, {}),
+        ({"parallel_tool_calls": True, "service_tier": "flex", "max_completion_tokens": -1}, {}),
+        ({"min_tokens": 0, "ignore_eos": False, "options": {}, "top_k": -1, "repetition_penalty": 1.0}, {}),
+        (
+            {},
+            {"name": "bob", "reasoning_content": "hm", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
+        ),
+    ],
+)
+def test_what_does_not_change_the_answer_is_accepted(
+    server: Running, more: dict[str, Any], message: dict[str, Any]
+) -> None:
+    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9, "temperature": 0}
+    plain = server.post(asked).json()
+    same = server.post({**asked, "messages": [{"role": "user", "content": "a", **message}], **more})
+    assert same.status_code == 200, same.text
+    assert same.json()["choices"] == plain["choices"]
+
+
+def test_developers_are_the_system(server: Running) -> None:
+    def said(role: str) -> Any:
+        messages = [{"role": role, "content": "the cat"}, {"role": "user", "content": "a"}]
+        return server.post({"messages": messages, "max_tokens": 9, "temperature": 0}).json()["choices"]
+
+    assert said("developer") == said("system") != said("user")
+
+
+@pytest.mark.parametrize("prompt", ["hi", [5, 6]])
+def test_a_list_of_one_prompt(server: Running, prompt: Any) -> None:
+    asked = {"max_tokens": 9, "temperature": 0}
+    plain = server.post({**asked, "prompt": prompt}, "/v1/completions").json()
+    assert server.post({**asked, "prompt": [prompt]}, "/v1/completions").json()["choices"] == plain["choices"]
+
+
+def test_sampling_is_passed_on(server: Running, random_model: LlamaForCausalLM) -> None:
+    """Against generate, called with the same; and where only one token is left, every seed is greedy."""
+    ids = [5, 6, 7, 5, 6, 7]
+
+    def text(**sampling: Any) -> str:
+        answer = server.post({"prompt": ids, "max_tokens": 20, **sampling}, "/v1/completions")
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    greedy = text(temperature=0)
+    assert text(seed=1) != greedy
+    assert text(seed=1, top_k=1) == greedy
+    assert text(seed=1, min_p=1.0) == greedy
+    assert text(seed=1, top_k=5) != text(seed=1) == text(seed=1, top_k=0)
+    prompt = torch.tensor([ids])
+    wanted = random_model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=20,
+        do_sample=False,
+        repetition_penalty=5.0,
+        eos_token_id=server.engine.tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    penalised = server.engine.tokenizer.decode(wanted[0, 6:], skip_special_tokens=True)
+    assert text(temperature=0, repetition_penalty=5.0) == penalised != greedy
+
+
 def test_max_tokens_defaults_to_what_is_left(
     tokenizer: PreTrainedTokenizerFast, endless_model: LlamaForCausalLM, server: Running
 ) -> None:
     with running(endless_model, tokenizer, max_output_tokens=50) as it:
         answer = it.post({"messages": HELLO, "temperature": 0}).json()
         assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (50, "length")
-    ids = [5] * 4090  # of a context of 4096
+    ids = [250] * 4090  # of a context of 4096
     answer = server.post({"prompt": ids, "temperature": 0}, "/v1/completions").json()
-    assert answer["usage"] == {"prompt_tokens": 4090, "completion_tokens": 6, "total_tokens": 4096}
+    usage = {"prompt_tokens": 4090, "completion_tokens": 6, "total_tokens": 4096}
+    assert answer["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
+    same = server.post({"prompt": ids, "temperature": 0, "max_tokens": -1}, "/v1/completions").json()
+    assert same["choices"][0] == answer["choices"][0]
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -41,6 +41,9 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("presence_penalty", -1),
         ("modalities", ["audio"]),
         ("store", True),
+        ("min_tokens", 5),
+        ("ignore_eos", True),
+        ("options", {"num_ctx": 5}),
     ],
 )
 def test_unsupported_chat_parameters_are_refused_by_name(server: Running, name: str, value: Any) -> None:
@@ -68,6 +71,10 @@ def test_unsupported_completion_parameters_are_refused_by_name(server: Running, 
         ({"max_tokens": 2.5}, "max_tokens"),
         ({"max_tokens": 3001}, "max_tokens"),  # the server's own limit
         ({"max_completion_tokens": 3}, "max_tokens"),  # they contradict each other
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": ""}, "stop[0]"),
         ({"seed": 2**64}, "seed"),
@@ -91,7 +98,9 @@ def test_wrong_values_name_the_parameter(server: Running, change: dict[str, Any]
     assert error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("prompt", ["", [], [1, "a"], [0, 10_000], [-1], [True], ["a", "b"], 5, None])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [1, "a"], [0, 10_000], [-1], [True], ["a", "b"], [""], [[]], [[1], [2]], 5, None]
+)
 def test_wrong_prompts(server: Running, prompt: Any) -> None:
     assert error_of(server.post({"prompt": prompt}, "/v1/completions"), 400)["param"] == "prompt"
 
@@ -101,11 +110,34 @@ def test_the_template_says_why(server: Running) -> None:
     assert "system message must come first" in error_of(server.post({"messages": messages}), 400)["message"]
 
 
-def test_missing_and_unknown_parameters(server: Running) -> None:
+def test_no_braces_of_a_format_reach_the_client(server: Running) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": 5}]}]
+    error = error_of(server.post({**CHAT, "messages": messages}), 400)
+    assert error["message"] == "Parameter 'messages[0].content': a text part needs a 'text' that is a string"
+
+
+def test_missing_parameters(server: Running) -> None:
     assert error_of(server.post({}), 400)["code"] == "missing_required_parameter"
-    error = error_of(server.post({**CHAT, "temprature": 1}), 400)
-    assert (error["code"], error["param"]) == ("unknown_parameter", "temprature")
-    assert "did you mean 'temperature'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "near"),
+    [
+        ({"temprature": 1}, "temprature", "temperature"),
+        ({"n_predict": 5}, "n_predict", "max_tokens"),
+        ({"repeat_penalty": 1.1}, "repeat_penalty", "repetition_penalty"),
+        ({"mirostat": 1}, "mirostat", None),
+        ({"messages": [{"role": "user", "content": "x", "id": 1}]}, "messages[0].id", None),
+        ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages[0].nam", "name"),
+        ({"stream": True, "stream_options": {"include_usge": True}}, "stream_options.include_usge", "include_usage"),
+    ],
+)
+def test_unknown_parameters_and_the_nearest_of_their_place(
+    server: Running, change: dict[str, Any], param: str, near: str | None
+) -> None:
+    error = error_of(server.post({**CHAT, **change}), 400)
+    assert (error["code"], error["param"]) == ("unknown_parameter", param)
+    assert error["message"] == f"Unknown parameter '{param}'" + (f"; did you mean '{near}'?" if near else "")
 
 
 def test_too_long_for_the_context_names_both_numbers(server: Running) -> None:
@@ -150,6 +182,13 @@ def test_unknown_routes_methods_and_models(server: Running) -> None:
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
     assert error_of(server.post({**CHAT, "model": "gpt"}), 404)["code"] == "model_not_found"
+    for path, near in (
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/completions", "/v1/completions"),
+        ("/models", "/v1/models"),
+    ):
+        assert f"did you mean {near}?" in error_of(httpx.post(server.url + path), 404)["message"]
+    assert "did you mean" not in error_of(httpx.get(f"{server.url}/v1/responses"), 404)["message"]
     for page in ("/docs", "/openapi.json"):
         error_of(httpx.get(server.url + page), 404)
 
@@ -213,7 +252,7 @@ def test_failures_do_not_leak(
 ) -> None:
     with running(random_model, tokenizer) as it:
 
-        def broken(**kwargs: Any) -> None:
+        def broken(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("secret path")
 
         monkeypatch.setattr(random_model, "generate", broken)
@@ -228,7 +267,7 @@ def test_failures_do_not_leak(
         # Outside the engine.
         monkeypatch.setattr(it.engine, "submit", broken)
         error = error_of(it.post(CHAT), 500)
-        assert "TypeError" not in str(error)
+        assert "secret" not in str(error)
 
         monkeypatch.undo()
         assert it.post(CHAT).status_code == 200  # it goes on
@@ -242,6 +281,8 @@ def test_senseless_limits(server: Running) -> None:
         {"api_key": "a\n"},
         {"max_body_bytes": 0},
         {"max_output_tokens": 0},
+        {"cors_origins": ["localhost:3000"]},
+        {"cors_origins": ["http://localhost:3000/"]},
     ):
         with pytest.raises(UserError):
             create_app(server.engine, **wrong)  # type: ignore[arg-type]

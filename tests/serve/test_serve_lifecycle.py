@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from swiftkv_train.errors import UserError
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, run_server
 from swiftkv_train.serve.contract import EngineStoppingError, QueueFullError
+from swiftkv_train.serve.server import _listening_socket
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ENDLESS = {"messages": MESSAGES, "max_tokens": 90_000, "temperature": 0}
@@ -37,6 +38,10 @@ def streaming(url: str, body: dict[str, Any]) -> Iterator[Iterator[str]]:
         lines = response.iter_lines()
         assert "role" in next(lines)
         yield lines
+
+
+def wait_for(it: Running, running: int, waiting: int) -> None:
+    wait_until(lambda: (it.engine.stats().running, it.engine.stats().waiting) == (running, waiting))
 
 
 @pytest.fixture
@@ -83,7 +88,7 @@ def test_full_queue_is_429_and_those_that_wait_are_answered(endless: Running) ->
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         with streaming(endless.url, ENDLESS):
             waiting = [pool.submit(endless.post, SHORT) for _ in range(2)]
-            wait_until(lambda: endless.engine.stats().waiting == 2)
+            wait_for(endless, running=1, waiting=2)
             for stream in (False, True):
                 refused = endless.post({**SHORT, "stream": stream})
                 assert refused.status_code == 429
@@ -101,7 +106,7 @@ def test_drain_answers_503_and_lets_the_admitted_finish(
         streaming(endless.url, {**ENDLESS, "max_tokens": 1500}) as lines,
     ):
         queued = pool.submit(endless.post, SHORT)
-        wait_until(lambda: endless.engine.stats().waiting == 1)
+        wait_for(endless, running=1, waiting=1)
         endless.server.drain()
         wait_until(lambda: not endless.engine.accepting)
         for refused in (endless.post(SHORT), httpx.get(f"{endless.url}/health")):
@@ -122,7 +127,7 @@ def test_drain_is_bounded(endless_model: LlamaForCausalLM, tokenizer: PreTrained
         streaming(it.url, ENDLESS) as lines,
     ):
         queued = pool.submit(it.post, SHORT)
-        wait_until(lambda: it.engine.stats().waiting == 1)
+        wait_for(it, running=1, waiting=1)
         began = time.monotonic()
         it.server.drain()
         rest = [line for line in lines if line]
@@ -138,6 +143,7 @@ def test_second_signal_ends_at_once(endless_model: LlamaForCausalLM, tokenizer: 
         running(endless_model, tokenizer, drain_timeout=60, max_output_tokens=90_000) as it,
         streaming(it.url, ENDLESS) as lines,
     ):
+        wait_for(it, running=1, waiting=0)
         it.server.handle_exit(signal.SIGINT, None)
         wait_until(lambda: not it.engine.accepting)
         assert it.engine.stats().running == 1
@@ -212,7 +218,7 @@ def test_the_process_from_start_to_sigterm(checkpoint: Path, endless_model: Llam
             printed += line
         millions = f"{endless_model.num_parameters() / 1e6:.1f}"
         assert f"loaded LlamaForCausalLM, {millions} M parameters, torch.float32 on cpu" in printed
-        url = re.search(r"serving parrot at (http://127\.0\.0\.1:\d+)/v1", printed)
+        url = re.search(r"serving parrot at (http://127\.0\.0\.1:\d+)/v1, one request at a time, 64 may wait", printed)
         assert url is not None
         # The example is one that works.
         example = re.search(r"curl (\S+) -H '(.+?): (.+?)' -d '(.+)'", printed)
@@ -220,14 +226,21 @@ def test_the_process_from_start_to_sigterm(checkpoint: Path, endless_model: Llam
         answer = httpx.post(example[1], content=example[4], headers={example[2]: example[3]}, timeout=WAIT_S).json()
         assert answer["choices"][0]["message"]["content"] == "a" * 64
         with streaming(url[1], {**ENDLESS, "max_tokens": 2000}) as lines:
+            next(lines), next(lines)  # it runs
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: httpx.get(f"{url[1]}/health").status_code == 503)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
-        assert len(rest) == 2000 + 1
+        assert len(rest) == 2000  # one was read before
         out, err = process.communicate(timeout=WAIT_S)
         assert (process.returncode, out) == (0, "")
-        assert [line for line in err.splitlines() if line and not line.startswith("Loading weights")] == []
+        said = [line for line in err.splitlines() if line and not line.startswith("Loading weights")]
+        assert [re.sub(r"\d+\.\d", "X", line) for line in said if " /health " not in line] == [
+            "POST /v1/chat/completions 200: 23 prompt tokens, 64 new in X s (the first after X s), X tokens/s",
+            "stopping: up to 30 s for 1 running and 0 waiting requests; another Ctrl-C ends them",
+            "POST /v1/chat/completions 200: 20 prompt tokens (6 reused), 2000 new in X s (the first after X s), "
+            "X tokens/s",
+        ]
     finally:
         watchdog.cancel()
         process.kill()
@@ -237,6 +250,11 @@ def test_the_process_from_start_to_sigterm(checkpoint: Path, endless_model: Llam
 def test_wrong_arguments_are_found_before_loading(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
         run_server(tmp_path / "missing", port=taken.getsockname()[1])
+    # A server that is still loading has its address already.
+    first = _listening_socket("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, pytest.raises(UserError, match=f"cannot listen on http://127.0.0.1:{port}: .*in use"):
+        run_server(tmp_path / "missing", port=port)
     for wrong, words in (
         ({"port": 70_000}, "port is 70000"),
         ({"host": "no.such.host.invalid"}, "cannot listen"),
@@ -245,6 +263,7 @@ def test_wrong_arguments_are_found_before_loading(tmp_path: Path) -> None:
         ({"api_key": ""}, "API key is empty"),
         ({"api_key": "a b"}, "API key holds white space"),
         ({"threads": 0}, "threads"),
+        ({"cors_origins": ["localhost"]}, "origin 'localhost' is none"),
     ):
         with pytest.raises(UserError, match=words):
             run_server(tmp_path / "missing", **wrong)  # type: ignore[arg-type]

@@ -51,13 +51,12 @@ def test_swiftkv_model(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> No
 
 
 def test_incomplete_directories(checkpoint: Path, tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "no such directory")
+    refused(tmp_path / "nowhere", "no such directory; .*swiftkv fetch ORG/NAME --to DIR")
     refused(tmp_path, "no config.json")
     refused(checkpoint, "dtype 'int3'", dtype="int3")
     for name, words in (
         ("config.json", "no config.json"),
         ("tokenizer.json", "no tokenizer"),
-        ("chat_template.jinja", "no chat template"),
         ("model.safetensors", "no safetensors weights"),
     ):
         part = tmp_path / name
@@ -100,9 +99,31 @@ def test_what_generate_cannot_do_here_is_left_out(checkpoint: Path) -> None:
     assert (model.generation_config.top_k, model.generation_config.min_p) == (7, 0.5)
     with running(model, tokenizer) as it:
         for temperature in (0, 1):
-            answer = it.post({"prompt": "hi", "max_tokens": 5, "temperature": temperature}, "/v1/completions")
+            answer = it.post(
+                {"prompt": "hi", "max_tokens": 5, "temperature": temperature, "seed": 1}, "/v1/completions"
+            )
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["completion_tokens"] == 5
+
+
+def test_a_model_without_a_chat_template_completes_and_says_so(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+    with running(*load_model_and_tokenizer(checkpoint)) as it:
+        assert it.post({"prompt": "hi", "max_tokens": 1}, "/v1/completions").status_code == 200
+        error = it.post({"messages": [{"role": "user", "content": "hi"}]})
+        assert (error.status_code, error.json()["error"]["code"]) == (400, "no_chat_template")
+        assert "/v1/completions" in error.json()["error"]["message"]
+
+
+def test_do_sample_false_makes_greedy_the_default(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9}')
+    with running(*load_model_and_tokenizer(checkpoint)) as it:
+
+        def text(**sampling: float) -> str:
+            answer = it.post({"prompt": "hi", "max_tokens": 20, "seed": 1, **sampling}, "/v1/completions")
+            return answer.json()["choices"][0]["text"]
+
+        assert text() == text(temperature=0) == text(seed=2) != text(temperature=1)
 
 
 def test_foreign_code_does_not_run(checkpoint: Path) -> None:

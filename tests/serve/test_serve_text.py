@@ -1,6 +1,7 @@
 """Pieces of text against the tokenizer's own decoding of everything, and against `str.split`."""
 
 import random
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +17,11 @@ TEXTS = [
     "",
     "\ufffd real \ufffd\ufffd replacements \ufffd",
 ]
+
+# How a byte-level tokenizer writes the bytes: those that can be seen as themselves, the others from U+0100 on.
+_SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
+BYTE_CHARACTERS = {byte: chr(byte if byte in _SEEN else 0x100 + _UNSEEN.index(byte)) for byte in range(256)}
 
 
 def pieces(decoder: IncrementalDecoder, token_ids: list[int]) -> list[str]:
@@ -37,6 +43,30 @@ def test_any_bytes_decode_as_all_at_once(tokenizer: PreTrainedTokenizerFast) -> 
         token_ids = [draw.randrange(len(tokenizer)) for _ in range(60)]
         whole = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert "".join(pieces(IncrementalDecoder(tokenizer), token_ids)) == whole
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [[0x80], [0xF0, 0x9F], [0xE6, 0xBC, 0xA2, 0x80], [0xFF], None],
+    ids=["80", "f09f", "e6bca280", "ff", "special"],
+)
+def test_text_that_never_becomes_a_character_is_given_out(
+    tokenizer: PreTrainedTokenizerFast, unit: list[int] | None
+) -> None:
+    special = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    ids = [special] if unit is None else tokenizer.convert_tokens_to_ids([BYTE_CHARACTERS[byte] for byte in unit])
+    token_ids = [*tokenizer.encode("a"), *(ids * 400), *tokenizer.encode("漢 b")]
+    lengths = []
+
+    class Watched:
+        def decode(self, window: list[int], **options: Any) -> str:
+            lengths.append(len(window))
+            return tokenizer.decode(window, **options)
+
+    out = pieces(IncrementalDecoder(Watched()), token_ids)
+    assert "".join(out) == tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert max(lengths) < 50
+    assert unit is None or any(out[200:250])
 
 
 def test_text_cut_inside_a_character_ends_in_a_replacement(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,97 @@
+"""K/V kept from one answer for the next: of a prompt that begins as an earlier one did only the rest is run.
+
+A cache's tensors are never written to, only replaced by longer ones. So the beginning of a kept cache is taken as views
+of it, and the kept one stays for a conversation that began with the same tokens and went on otherwise.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+MAX_ENTRIES = 8
+PIECE = 1024  # tokens of a prompt that run at once; between them it can be stopped
+
+
+class KeptCaches:
+    """Caches of batch size 1 for the model of `config`, at most `max_entries` and of `max_tokens` tokens together.
+
+    Who is used least recently goes first. With `max_tokens` 0 nothing is kept.
+    """
+
+    def __init__(self, config: Any, max_tokens: int, max_entries: int = MAX_ENTRIES):
+        self._config = config
+        self._max_tokens = max_tokens
+        self._max_entries = max_entries
+        self._entries: list[tuple[list[int], DynamicCache]] = []  # tokens and their K/V, the last used at the end
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each entry, the last used at the end."""
+        return [len(tokens) for tokens, _ in self._entries]
+
+    def take(self, token_ids: Sequence[int]) -> DynamicCache:
+        """A cache of as many of the prompt's first tokens as are kept, but not of its last one, which has to run.
+
+        What the prompt goes on from as a whole is kept no longer: give it back by `keep`.
+        """
+        shared = [_shared_length(tokens, token_ids) for tokens, _ in self._entries]
+        length = min(max(shared, default=0), len(token_ids) - 1)
+        if length <= 0:
+            return DynamicCache(config=self._config)
+        tokens, cache = self._entries.pop(max(range(len(shared)), key=lambda n: (shared[n], n)))
+        if length == len(tokens):
+            return cache
+        self._entries.append((tokens, cache))
+        return _beginning(cache, length)
+
+    def keep(self, token_ids: Sequence[int], cache: DynamicCache) -> None:
+        """Keep the K/V of those of `token_ids` that the cache holds, in place of entries that they begin with."""
+        tokens = list(token_ids[: cache.get_seq_length()])
+        if not 0 < len(tokens) <= self._max_tokens:
+            return
+        shared = [_shared_length(kept, tokens) for kept, _ in self._entries]
+        if len(tokens) in shared:
+            return
+        self._entries = [entry for entry, n in zip(self._entries, shared, strict=True) if n < len(entry[0])]
+        self._entries.append((tokens, cache))
+        while len(self._entries) > self._max_entries or sum(self.lengths) > self._max_tokens:
+            del self._entries[0]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+def generate(
+    model: Any, token_ids: Sequence[int], cache: Any, *, stopped: Callable[[], bool], **arguments: Any
+) -> list[int]:
+    """Prompt and answer: `model.generate` from a cache that holds a beginning of the prompt, but not all of it.
+
+    A long prompt runs in pieces, and when `stopped` says so before one, there is no answer. The cache then holds K/V of
+    the first of the tokens returned, as many as its length says.
+    """
+    input_ids = torch.tensor([list(token_ids)], device=model.device)
+    with torch.no_grad():
+        while (begin := cache.get_seq_length()) < len(token_ids) - PIECE and not stopped():
+            piece = input_ids[:, begin : begin + PIECE]
+            model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if stopped():
+        return list(token_ids)
+    mask = torch.ones_like(input_ids)
+    return model.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **arguments)[0].tolist()
+
+
+def _shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _beginning(cache: DynamicCache, length: int) -> DynamicCache:
+    """Views of the K/V of the first `length` tokens, of which there are more."""
+    start = copy.copy(cache)
+    start.layers = [copy.copy(layer) for layer in cache.layers]
+    start.crop(length - cache.get_seq_length())  # negative: so many less
+    return start

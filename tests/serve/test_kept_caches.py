@@ -1,0 +1,236 @@
+"""K/V that is kept between requests: the answers of a model that never saw it, fewer tokens run, bounded memory."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serving import WAIT_S, config, running
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import swiftkv_models
+from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent, kept_caches
+from swiftkv_train.serve.kept_caches import KeptCaches, generate
+
+FIRST = list(range(10, 50))
+
+
+@pytest.fixture(scope="module", params=["base", "swiftkv"])
+def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made: Any = LlamaForCausalLM(config(len(tokenizer), num_hidden_layers=4, initializer_range=0.3))
+        if request.param == "swiftkv":
+            made = swiftkv_models.rewrite(made, num_key_value_layers=2, key_value_group_size=2)
+    return swiftkv_models.optimize_for_cpu(made.eval())
+
+
+@pytest.fixture
+def run(model: Any) -> Iterator[list[int]]:
+    """How many tokens went through layer 0, call by call."""
+    counts: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: counts.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    yield counts
+    hook.remove()
+
+
+@pytest.fixture
+def engine(model: Any, tokenizer: PreTrainedTokenizerFast) -> Iterator[GenerateEngine]:
+    made = GenerateEngine(model, tokenizer)
+    yield made
+    made.close()
+
+
+def answer(engine: GenerateEngine, prompt: list[int], count: int = 8, **more: Any) -> list[TokenEvent]:
+    async def read() -> list[TokenEvent]:
+        request = GenerationRequest(prompt, count, **{"temperature": 0, **more})
+        return [event async for event in engine.submit(request)]
+
+    events = asyncio.run(asyncio.wait_for(read(), WAIT_S))
+    assert engine.wait_idle(WAIT_S)
+    return events
+
+
+def expected(model: Any, prompt: list[int], events: list[TokenEvent]) -> None:
+    """What plain generate says to the prompt, without any K/V from before."""
+    ids = torch.tensor([prompt])
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(events), do_sample=False)
+    assert [event.token_id for event in events] == plain[0, len(prompt) :].tolist()
+
+
+def test_a_second_turn_runs_its_new_tokens_only(engine: GenerateEngine, model: Any, run: list[int]) -> None:
+    first = answer(engine, FIRST)
+    assert run == [40] + [1] * (len(first) - 1)
+    assert {event.cached_tokens for event in first} == {0}
+    # The last token of an answer has not run yet.
+    prompt = [*FIRST, *(event.token_id for event in first), 100, 101, 102]
+    run.clear()
+    second = answer(engine, prompt)
+    assert run == [4] + [1] * (len(second) - 1)
+    assert {event.cached_tokens for event in second} == {len(prompt) - 4}
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (40 + len(prompt), len(prompt) - 4)
+    expected(model, FIRST, first)
+    expected(model, prompt, second)
+
+
+def test_prompts_that_part_ways_and_come_back(engine: GenerateEngine, model: Any, run: list[int]) -> None:
+    """Two conversations in turn begin alike; each finds its own K/V again, and the same prompt runs its last token."""
+    one, other = [*FIRST, 200, 201], [*FIRST, 210, 211, 212]
+    for turn, cached in enumerate([(0, 40), (None, None)]):
+        for which, prompt in enumerate((one, other)):
+            run.clear()
+            events = answer(engine, prompt)
+            reused = cached[which] if cached[which] is not None else len(prompt) - 9
+            assert (events[0].cached_tokens, run[0]) == (reused, len(prompt) - reused), (turn, which)
+            expected(model, prompt, events)
+            prompt += [*(event.token_id for event in events), *([5] * 8)]
+    run.clear()
+    again = answer(engine, FIRST)
+    assert (run[0], again[0].cached_tokens) == (1, 39)
+    expected(model, FIRST, again)
+
+
+def test_without_reuse_all_runs_again(model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int]) -> None:
+    engine = GenerateEngine(model, tokenizer, reuse=False)
+    for _ in range(2):
+        run.clear()
+        assert answer(engine, FIRST)[0].cached_tokens == 0
+        assert run[0] == 40
+    engine.close()
+
+
+def test_a_failure_leaves_nothing_behind(
+    engine: GenerateEngine, model: Any, run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(engine, FIRST)
+    attention = model.model.layers[1].self_attn
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "forward", fail)  # when layer 0 has its K/V already
+        with pytest.raises(Exception):  # noqa: B017, PT011  (the engine's, which says nothing)
+            answer(engine, [*FIRST, 60, 61])
+    assert engine.wait_idle(WAIT_S)
+    run.clear()
+    events = answer(engine, [*FIRST, 60, 61])
+    assert (run[0], events[0].cached_tokens) == (42, 0)
+    expected(model, [*FIRST, 60, 61], events)
+
+
+def test_what_was_cancelled_stays_right(engine: GenerateEngine, model: Any, run: list[int]) -> None:
+    async def leave_early() -> None:
+        stream = engine.submit(GenerationRequest(FIRST, 2000, temperature=0))
+        for _ in range(3):
+            await stream.__anext__()
+        await stream.aclose()
+
+    asyncio.run(leave_early())
+    assert engine.wait_idle(WAIT_S)
+    run.clear()
+    events = answer(engine, [*FIRST, 60])
+    assert run[0] == 1
+    expected(model, [*FIRST, 60], events)
+
+
+def test_long_prompts_run_in_pieces_and_stop_between_them(
+    engine: GenerateEngine, model: Any, run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_caches, "PIECE", 16)
+    events = answer(engine, FIRST)
+    assert run[:3] == [16, 16, 8]
+    expected(model, FIRST, events)
+
+    async def leave_at_once() -> None:
+        stream = engine.submit(GenerationRequest([9, *FIRST], 2000, temperature=0))
+        hook = model.model.layers[0].register_forward_hook(lambda *_: engine._cancel(stream._job))  # type: ignore[attr-defined]
+        await asyncio.to_thread(engine.wait_idle, WAIT_S)
+        hook.remove()
+
+    run.clear()
+    asyncio.run(leave_at_once())
+    assert (run, engine.stats().cancelled) == ([16], 1)
+    run.clear()
+    events = answer(engine, [9, *FIRST])
+    assert (run[:2], events[0].cached_tokens) == ([16, 9], 16)
+    expected(model, [9, *FIRST], events)
+
+
+def test_usage_and_metrics_tell(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with running(model, tokenizer) as it:
+        body = {"prompt": FIRST, "max_tokens": 2, "temperature": 0}
+        for cached in (0, 39):
+            usage = it.post(body, "/v1/completions").json()["usage"]
+            assert usage["prompt_tokens_details"] == {"cached_tokens": cached}
+        chunks = list(
+            it.client().completions.create(model="tiny", stream=True, stream_options={"include_usage": True}, **body)  # type: ignore[call-overload]
+        )
+        assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 39
+        assert "swiftkv_cached_tokens_total 78" in httpx.get(f"{it.url}/metrics").text.splitlines()
+
+
+# The store alone
+
+
+@pytest.fixture
+def filled(model: Any) -> Callable[[list[int]], DynamicCache]:
+    """The K/V of tokens."""
+
+    def fill(ids: list[int]) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        return cache
+
+    return fill
+
+
+def test_tokens_and_entries_are_bounded(model: Any, filled: Callable[[list[int]], DynamicCache]) -> None:
+    kept = KeptCaches(model.config, max_tokens=100, max_entries=3)
+    for first in range(5):
+        ids = [first, *FIRST[:19]]
+        kept.keep(ids, filled(ids))
+    assert kept.lengths == [20, 20, 20]
+    assert kept.take([2, *FIRST]).get_seq_length() == 20  # it goes on, so it is no longer kept
+    assert kept.take([0, *FIRST]).get_seq_length() == 0
+    assert kept.lengths == [20, 20]
+    assert kept.take([3, *FIRST[:5]]).get_seq_length() == 5  # of the older one, which is now the last used
+    long = [7, *range(69)]
+    kept.keep(long, filled(long))
+    assert kept.lengths == [20, 70]
+    assert kept.take([3, *FIRST[:5], 1]).get_seq_length() == 6
+    too_long = [8, *range(100)]
+    kept.keep(too_long, filled(too_long))
+    assert sorted(kept.lengths) == [20, 70]
+    kept.clear()
+    assert kept.lengths == []
+
+
+def test_what_a_longer_one_begins_with_is_not_kept_twice(
+    model: Any, filled: Callable[[list[int]], DynamicCache]
+) -> None:
+    kept = KeptCaches(model.config, max_tokens=1000)
+    for length in (20, 30, 25):
+        kept.keep(FIRST[:length], filled(FIRST[:length]))
+        assert kept.lengths == [max(length, 30) if length > 20 else 20]
+
+
+def test_a_beginning_leaves_the_kept_one_as_it_is(model: Any, filled: Callable[[list[int]], DynamicCache]) -> None:
+    kept = KeptCaches(model.config, max_tokens=1000)
+    cache = filled(FIRST)
+    before = [layer.keys.clone() for layer in cache.layers if layer.keys is not None]
+    kept.keep(FIRST, cache)
+    prompt = [*FIRST[:30], 1, 2]
+    start = kept.take(prompt)
+    assert start.get_seq_length() == 30
+    generate(model, prompt, start, stopped=lambda: False, max_new_tokens=4, do_sample=False)
+    assert cache.get_seq_length() == 40
+    after = [layer.keys for layer in cache.layers if layer.keys is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
