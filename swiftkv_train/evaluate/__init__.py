@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         data: `NAME=PATH` held-out sources; left out, `data.test` (or else `data.held_out`) of the recipe that the
-            checkpoint carries.
+            checkpoint carries, and the figures also go into the checkpoint's README.md.
         tokens: held-out tokens per source.
         gates: `FIGURE=LIMIT`; see GATES.
 
@@ -107,6 +107,7 @@ def evaluate(
         "checkpoint": checkpoint,
         "base": base,
         "environment": environment(student_model),
+        "own_data": bool(data),
         "sources": figures,
         "held_out": summarise(torch.cat(pooled)).to_dict() if pooled else None,
         "time_to_first_token": first_token,
@@ -121,11 +122,8 @@ def evaluate(
     except OSError as error:
         raise UserError(f"report {directory} cannot be written: {error.strerror}") from None
     report.line(f"report      {directory / 'report.md'}")
-    card = Path(checkpoint) / "README.md"
-    try:
-        _update_card(card, result)
-    except (OSError, UnicodeDecodeError) as error:
-        report.line(f"warning     the figures in {card} are not renewed: {getattr(error, 'strerror', error)}")
+    if not data:
+        _update_card(Path(checkpoint) / "README.md", result, report)
     for figure, limit in limits:
         _check_gate(result, figure, limit)
     return result
@@ -222,10 +220,17 @@ def _check_gate(result: dict[str, Any], figure: str, limit: float) -> None:
         raise RunError(f"gate: {figure} is {worst:.4f}, not at {'most' if at_most else 'least'} {limit}")
 
 
-def _update_card(card: Path, result: dict[str, Any]) -> None:
-    if card.is_file():
-        rows = [
-            (name, row["kl"], row["agreement"], row["base_perplexity"], row["student_perplexity"])
-            for name, row in result["sources"].items()
-        ]
+def _update_card(card: Path, result: dict[str, Any], report: Reporter) -> None:
+    """Put the figures into the checkpoint's model card, if it has one, and say so."""
+    if not card.is_file():
+        return
+    rows = [
+        (name, row["kl"], row["agreement"], row["base_perplexity"], row["student_perplexity"])
+        for name, row in result["sources"].items()
+    ]
+    try:
         write_text(card, replace_figures(card.read_text(encoding="utf-8"), rows))
+    except (OSError, UnicodeDecodeError) as error:
+        report.line(f"warning     the figures in {card} are not renewed: {getattr(error, 'strerror', error)}")
+    else:
+        report.line(f"card        {card} has these figures")

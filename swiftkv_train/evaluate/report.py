@@ -72,7 +72,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}, {environment['date']}.",
         "## Quality\n\nKL(base || SwiftKV) in nats per token at temperature 1; agreement on the most likely next "
-        "token; tokens that no training saw.",
+        f"token; {'of texts given by --data' if report['own_data'] else 'tokens that no training saw'}.",
         quality_table(report),
         "![KL by source](quality.png)\n\n![KL by position in the document](position.png)",
         "## Speed and memory\n\nThrough `generate`, the models taking turns; medians.",
@@ -99,7 +99,8 @@ def plot_quality(report: dict[str, Any], path: Path) -> None:
     figure, axes = _figure()
     names = list(report["sources"])
     values = [report["sources"][name]["kl"] for name in names]
-    labels = [name if report["sources"][name]["kind_trained_on"] else f"{name}\n(never seen)" for name in names]
+    seen = [report["own_data"] or report["sources"][name]["kind_trained_on"] for name in names]
+    labels = [name if known else f"{name}\n(never seen)" for name, known in zip(names, seen, strict=True)]
     bars = axes.bar(labels, values, color=STUDENT_COLOUR, width=0.6)
     axes.bar_label(bars, fmt="%.3f")
     axes.set_ylabel("KL(base || SwiftKV), nats per token")
