@@ -313,7 +313,7 @@ def chat(
         ),
     ] = None,
 ) -> None:
-    """Talk to a checkpoint in the terminal."""
+    """Talk to a checkpoint in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     from swiftkv_train.chat import chat as run
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "window": window}

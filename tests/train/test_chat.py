@@ -1,15 +1,17 @@
-"""A conversation in the terminal that goes past the model's context."""
+"""Answers and conversations in the terminal, also beyond the model's context."""
 
 import io
 import json
 import shutil
+import signal
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from swiftkv_train import chat as chat_module
 from swiftkv_train.chat import chat
 from swiftkv_train.errors import UserError
+from swiftkv_train.generation_settings import decoding_config, kept_settings
 
 TURNS = 6
 
@@ -27,15 +29,128 @@ def talk(make_recipe, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def short_context(monkeypatch):
-    load = chat_module.load_for_inference
+def layer_runs(monkeypatch):
+    """Makes the model's context short; what is put into it is called before every run of layer 0, with its tokens."""
+    load, watchers = chat_module.load_for_inference, []
 
     def load_short(path):
         model = load(path)
         model.config.max_position_embeddings = 128
+
+        def watch(layer, arguments, named):
+            for watcher in watchers:
+                watcher((arguments[0] if arguments else named["hidden_states"]).shape[1])
+
+        model.model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
         return model
 
     monkeypatch.setattr(chat_module, "load_for_inference", load_short)
+    return watchers
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def type_in(model, monkeypatch):
+    """A conversation in a terminal of the given lines; returns what stands on standard error."""
+
+    def run(*messages, **options):
+        monkeypatch.setattr("sys.stdin", Terminal("".join(f"{message}\n" for message in messages)))
+        monkeypatch.setattr("sys.stderr", Terminal())
+        chat(str(model), **{"max_new_tokens": 4, **options})
+        return chat_module.sys.stderr.getvalue().splitlines()
+
+    return run
+
+
+def test_a_turn_runs_what_is_new_only(type_in, layer_runs):
+    runs = []
+    layer_runs.append(runs.append)
+    type_in("What does the fox do?", "And the newt?")
+    first, second = (count for count in runs if count > 1)
+    assert second < first + 4  # the first turn's tokens stay, even where its answer is cut into other tokens
+
+
+def test_a_conversation_that_is_full_stays_open(type_in, model, layer_runs):
+    runs = []
+    layer_runs.append(runs.append)
+    long = "What does the fox do at noon? " * 20
+    said = type_in(long, "What does the newt do?", long)
+    assert len(said) == 3
+    for refused in (said[0], said[2]):
+        assert refused.startswith("error: ")
+        assert refused.endswith("conversation and an answer exceed the context of 128; --window lets it go on")
+    assert said[1].startswith("(cut after 4 tokens; --max-new-tokens")
+    assert len([count for count in runs if count > 1]) == 1  # of three messages one fitted
+
+
+def test_answers_become_shorter_where_the_context_ends(type_in, layer_runs, capsys):
+    runs = []
+    layer_runs.append(runs.append)
+    said = type_in("What does the fox do?", max_new_tokens=500)
+    assert sum(runs) == 127  # the last token does not run
+    assert said == [f"(cut after {128 - runs[0]} tokens; --window lets it go on)"]
+
+
+def test_ctrl_c_ends_the_answer_only(type_in, layer_runs, capsys):
+    runs = []
+
+    def interrupt(count):
+        runs.append(count)
+        if len(runs) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    layer_runs.append(interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    said = type_in("What does the fox do?", "And the newt?", max_new_tokens=20)
+    assert said[0] == "(interrupted)"
+    assert runs[1:3] == [1, 1]
+    assert runs[3] > 1  # the next message
+    assert len(runs) == 3 + 20
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_or_one_without_a_conversation_ends_the_command(type_in, model, layer_runs):
+    layer_runs.append(lambda count: signal.raise_signal(signal.SIGINT))
+    layer_runs.append(lambda count: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        type_in("What does the fox do?")
+    del layer_runs[1]
+    with pytest.raises(KeyboardInterrupt):
+        answer(model)
+
+
+def test_one_answer_that_is_cut_says_so_in_a_terminal(model, monkeypatch, capsys):
+    answer(model)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr", Terminal())
+    answer(model)
+    assert chat_module.sys.stderr.getvalue() == "(cut after 4 tokens; --max-new-tokens allows more)\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "wanted"),
+    [
+        ({}, {}, (True, 1.0, None, 0, None)),
+        ({}, {"temperature": 0.7}, (True, 0.7, None, 0, None)),
+        ({"do_sample": False, "temperature": 0.9}, {}, (False, 1.0, 1.0, 50, None)),
+        ({"do_sample": False}, {"temperature": 0.5}, (True, 0.5, None, 0, None)),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 7}, {}, (True, 0.6, None, 7, None)),
+        ({"top_k": 7}, {"top_k": -1, "top_p": 0.5, "repetition_penalty": 1.1}, (True, 1.0, 0.5, 0, 1.1)),
+        ({"top_k": 7}, {"temperature": 1e-9}, (False, 1.0, 1.0, 50, None)),
+    ],
+)
+def test_how_answers_are_decoded(settings, asked, wanted, debug_files):
+    """The same for the server and the chat."""
+    tokenizer = AutoTokenizer.from_pretrained(debug_files / "models/debug")
+    config = decoding_config(kept_settings(GenerationConfig(**settings)), tokenizer, max_new_tokens=5, **asked)
+    found = (config.do_sample, config.temperature, config.top_p, config.top_k, config.repetition_penalty)
+    assert found == wanted
+    assert config.eos_token_id == [tokenizer.eos_token_id]
+    assert config.max_new_tokens == 5
 
 
 def test_without_a_window_it_ends_and_says_what_helps(talk):
