@@ -1,5 +1,6 @@
 """K/V kept from one answer for the next: of a prompt that begins as an earlier one did only the rest is run.
 
+The answers are the same but for rounding, which depends on the pieces that a prompt runs in.
 A cache's tensors are never written to, only replaced by longer ones. So the beginning of a kept cache is taken as views
 of it, and the kept one stays for a conversation that began with the same tokens and went on otherwise.
 """

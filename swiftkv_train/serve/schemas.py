@@ -89,7 +89,7 @@ class StreamOptions(_Request):
 class Message(_Request):
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_system_if_developer)]
     content: Annotated[str, BeforeValidator(_joined_text)]
-    # What an assistant message got from a server may carry when it is sent back.
+    # What an assistant message got from a server may carry when it is sent back; its reasoning is not shown again.
     reasoning_content: Any = None
     reasoning: Any = None
     refusal: Annotated[Any, only()] = None
@@ -97,7 +97,7 @@ class Message(_Request):
     annotations: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only()] = None
     tool_calls: Annotated[Any, only([])] = None
-    # Templates show neither.
+    # No part of a prompt.
     name: Any = None
     cache_control: Any = None
 
@@ -111,7 +111,7 @@ class GenerationParameters(_Request):
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1)  # -1 and 0: all tokens
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # beyond, logits overflow
     stop: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
@@ -202,5 +202,5 @@ def _nearest(path: tuple[int | str, ...], schema: type[BaseModel]) -> str | None
     if len(path) == 1 and name in OTHER_NAMES:
         return OTHER_NAMES[name]
     inner: dict[int | str, type[BaseModel]] = {"messages": Message, "stream_options": StreamOptions}
-    known = (schema if len(path) == 1 else inner[path[0]]).model_fields
+    known = (schema if len(path) == 1 else inner.get(path[0], schema)).model_fields
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)

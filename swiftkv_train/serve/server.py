@@ -1,5 +1,6 @@
 """What `swiftkv serve DIRECTORY` runs: load the model, listen, and shut down cleanly."""
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -109,7 +110,8 @@ def run_server(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full: no reason not to serve
+        print(text, file=sys.stderr, flush=True)
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

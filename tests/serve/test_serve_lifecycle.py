@@ -271,6 +271,34 @@ def test_wrong_arguments_are_found_before_loading(tmp_path: Path) -> None:
         run_server(tmp_path / "missing", port=0)
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_options_reach_the_engine_and_the_routes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    from swiftkv_train.serve import app
+    from swiftkv_train.serve.draining import DrainingServer
+
+    given: dict[str, Any] = {}
+
+    def watched(engine: GenerateEngine, **options: Any) -> Any:
+        given.update(options, context_length=engine.info.context_length, kept=engine._kept._max_tokens)
+        return None
+
+    monkeypatch.setattr(app, "create_app", watched)
+    monkeypatch.setattr(DrainingServer, "run", lambda self, sockets: None)
+    limits = {"context_length": 50, "max_output_tokens": 7, "cors_origins": ["http://a"]}
+    run_server(checkpoint, port=0, reuse=False, quiet=quiet, **limits)  # type: ignore[arg-type]
+    assert given.items() >= {**limits, "kept": 0}.items()
+    if quiet:
+        assert given["log"] is None
+    else:
+        given["log"]("a line")
+        assert capsys.readouterr().err.endswith("a line\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", open(os.devnull))  # noqa: SIM115  (not for writing)
+            given["log"]("another")  # which nobody can read
+
+
 def test_open_to_the_network_without_a_key_warns(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
