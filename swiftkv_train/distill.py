@@ -129,13 +129,18 @@ class DistillationModule(nn.Module):
 
 
 def learning_rate(training: TrainingSection, step: int) -> float:
-    """Linear warm-up, then a cosine from the peak to `final_learning_rate` of it. `step` counts from 0."""
+    """Linear warm-up, then from the peak to `final_learning_rate` of it by `schedule`. `step` counts from 0."""
     warmup = math.ceil(training.warmup * training.steps)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, training.steps - warmup)
+    if training.schedule == "cosine":
+        progress = (step - warmup) / max(1, training.steps - warmup)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        assert training.decay is not None  # set where the recipe leaves it out
+        height = min(1.0, (training.steps - step) / math.ceil(training.decay * training.steps))
     floor = training.final_learning_rate
-    return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return training.learning_rate * (floor + (1 - floor) * height)
 
 
 def calibrate(

@@ -242,7 +242,15 @@ class TrainingSection(Section):
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward on one process.")
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
+    schedule: Literal["wsd", "cosine"] = Field(
+        "wsd",
+        description="After the warm-up: `wsd` stays at the peak and falls linearly at the end (warm-up, stable, decay); "
+        "`cosine` falls all the way.",
+    )
+    decay: float | None = Field(
+        None, gt=0, le=1, description="Share of the steps over which `wsd` falls; left out: a fifth."
+    )
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Where it ends, as a share of the peak.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999))
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -276,6 +284,14 @@ class TrainingSection(Section):
             raise ValueError("`lora` goes with `trainable: lora`")
         if self.trainable == "lora" and self.lora is None:
             self.lora = LoraSection()  # type: ignore[call-arg]
+        return self
+
+    @model_validator(mode="after")
+    def _decay_goes_with_wsd(self) -> TrainingSection:
+        if self.schedule != "wsd" and self.decay is not None:
+            raise ValueError("`decay` goes with `schedule: wsd`")
+        if self.schedule == "wsd" and self.decay is None:
+            self.decay = 0.2
         return self
 
     @field_validator("betas", mode="before")

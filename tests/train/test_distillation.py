@@ -90,18 +90,31 @@ def test_the_measures_of_a_batch_are_those_of_whole_logits(packed):
 
 
 @pytest.mark.parametrize(
-    ("step", "rate"),
+    ("schedule", "step", "rate"),
     [
-        (0, 1e-3 / 5),  # the first of five warm-up steps
-        (4, 1e-3),  # the last of them
-        (5, 1e-3),  # the cosine starts at the peak
-        (52, 1e-3 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 47 / 95)))),
-        (100, 1e-3 * 0.2),  # and ends at the floor
+        ("cosine", 0, 1e-3 / 5),  # the first of five warm-up steps
+        ("cosine", 4, 1e-3),  # the last of them
+        ("cosine", 5, 1e-3),  # the cosine starts at the peak
+        ("cosine", 52, 1e-3 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 47 / 95)))),
+        ("cosine", 100, 1e-3 * 0.2),  # and ends at the floor
+        ("wsd", 0, 1e-3 / 5),
+        ("wsd", 5, 1e-3),
+        ("wsd", 60, 1e-3),  # falls over the last 40 steps
+        ("wsd", 61, 1e-3 * (0.2 + 0.8 * 39 / 40)),
+        ("wsd", 90, 1e-3 * (0.2 + 0.8 * 10 / 40)),
+        ("wsd", 100, 1e-3 * 0.2),
     ],
 )
-def test_the_learning_rate_rises_and_falls_as_stated(step, rate):
+def test_the_learning_rate_rises_and_falls_as_stated(schedule, step, rate):
     training = TrainingSection(
-        output_dir="x", steps=100, batch_size=1, learning_rate=1e-3, warmup=0.05, final_learning_rate=0.2
+        output_dir="x",
+        steps=100,
+        batch_size=1,
+        learning_rate=1e-3,
+        warmup=0.05,
+        schedule=schedule,
+        decay=0.4 if schedule == "wsd" else None,
+        final_learning_rate=0.2,
     )
     assert learning_rate(training, step) == pytest.approx(rate, rel=1e-12)
 

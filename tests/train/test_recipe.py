@@ -80,6 +80,12 @@ def test_an_unknown_key_is_told_before_the_missing_one_that_it_explains():
         ("data.train=[]", "data.train: List should have at least 1 item"),
         ("data.train.1.name=prose", "data.train: two sources are named 'prose'"),
         ("data.train.0.dataset=x/y", "data.train.0: a source needs exactly one of `path`, `dataset` and `generate`"),
+        ("training.schedule=linear", "training.schedule: Input should be 'wsd' or 'cosine' (found 'linear')"),
+        ("training.decay=0", "training.decay: Input should be greater than 0 (found 0)"),
+        (
+            "training={output_dir: x, steps: 1, batch_size: 1, schedule: cosine, decay: 0.1}",
+            "training: `decay` goes with `schedule: wsd`",
+        ),
         ("rewrite.init=checkpoint", "rewrite: `init: checkpoint` and `init_from: DIR` go together"),
     ],
 )
