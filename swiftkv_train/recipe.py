@@ -244,8 +244,8 @@ class TrainingSection(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
     schedule: Literal["wsd", "cosine"] = Field(
         "wsd",
-        description="After the warm-up: `wsd` stays at the peak and falls linearly at the end (warm-up, stable, decay); "
-        "`cosine` falls all the way.",
+        description="After the warm-up: `wsd` (warm-up, stable, decay) stays at the peak and falls linearly at its "
+        "end, `cosine` falls all the way.",
     )
     decay: float | None = Field(
         None, gt=0, le=1, description="Share of the steps over which `wsd` falls; left out: a fifth."
