@@ -259,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 STUDY: dict[str, Callable[[], str]] = {
     "variants": partial(variants, "quality/start.json"),
+    "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),
     "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
