@@ -68,7 +68,7 @@ bench() { run "$1" "$python" -m swiftkv_train.cli bench "${@:2}"; }
 shards=8
 pids=()
 for shard in $(seq "$shards"); do
-    SHARD="$shard/$shards" OMP_NUM_THREADS=1 timeout 130 "$python" -m pytest -q -m gpu -p no:cacheprovider \
+    SHARD="$shard/$shards" OMP_NUM_THREADS=1 timeout 110 "$python" -m pytest -q -m gpu -p no:cacheprovider \
         tests/kernels tests/models tests/train > "$out/pytest.$shard.log" 2>&1 &
     pids+=($!)
 done
@@ -85,9 +85,10 @@ run 60 bash -euc '
     swiftkv evaluate outputs/debug/checkpoint --base models/debug --report "$2/debug"
     swiftkv chat outputs/debug/checkpoint --prompt "What does the fox do at noon?" --max-new-tokens 16
 ' "$python" "$scratch" "$(realpath "$out")" > "$out/pipeline.log" 2>&1
+tail -n 1 "$out/pipeline.log" >&2
 bench 50 step "$model" --batch-size 4 --sequence-length 2048 --output "$out/step.json"
 bench 40 loss --rows 2048 --repeats 5 --output "$out/loss.json"
-bench 40 plan --models 1b --output "$out/plan.json"
+bench 30 plan --models 1b --output "$out/plan.json"
 bench 40 prefill "$checkpoint" --base "$model" --lengths 2048,8192 --output "$out/prefill.json"
 bench 70 relay --heads 32 --kv-heads 8 --head-dim 64 --dtype bfloat16 --output "$out/relay.json"
 bench 60 decode "$checkpoint" --base "$model" --batch 1,16 --context 4096 --output "$out/decode.json"
