@@ -303,7 +303,9 @@ def _flash(
     if mask is None and _more_rows_are_faster(queries, keys.key.shape[2]):
         queries = functional.pad(queries, (0, 0, 0, PACKED_FROM - given))
     output, log_sum_exp = operator(queries, keys.key, keys.value, attn_mask=mask, scale=scaling)
-    output, log_sum_exp = output[:, :, :given].view(rows.shape), log_sum_exp[:, :, :given].reshape(rows.shape[:-1])
+    if queries.shape[2] != given:
+        output, log_sum_exp = output[:, :, :given], log_sum_exp[:, :, :given]
+    output, log_sum_exp = output.view(rows.shape), log_sum_exp.reshape(rows.shape[:-1])
     if hidden is not None and log_sum_exp.min() < _HIDDEN / 2:
         return _without_blind(output, log_sum_exp)
     return output, log_sum_exp

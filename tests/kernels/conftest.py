@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from places import pytest_generate_tests, run_interpreted  # noqa: F401
+
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block of threads may have, by compute capability
 
 

@@ -29,6 +29,14 @@ def talk(make_recipe, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Of a process that a shell put into the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def layer_runs(monkeypatch):
     """Makes the model's context short; what is put into it is called before every run of layer 0, with its tokens."""
     load, watchers = chat_module.load_for_inference, []

@@ -99,9 +99,9 @@ def test_the_measures_of_a_batch_are_those_of_whole_logits(packed):
         ("cosine", 100, 1e-3 * 0.2),  # and ends at the floor
         ("wsd", 0, 1e-3 / 5),
         ("wsd", 5, 1e-3),
-        ("wsd", 60, 1e-3),  # falls over the last 40 steps
-        ("wsd", 61, 1e-3 * (0.2 + 0.8 * 39 / 40)),
-        ("wsd", 90, 1e-3 * (0.2 + 0.8 * 10 / 40)),
+        ("wsd", 59, 1e-3),
+        ("wsd", 60, 1e-3 * (0.2 + 0.8 * 40 / 41)),  # the first of the last 40 steps
+        ("wsd", 99, 1e-3 * (0.2 + 0.8 * 1 / 41)),
         ("wsd", 100, 1e-3 * 0.2),
     ],
 )

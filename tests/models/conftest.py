@@ -1,0 +1,1 @@
+from places import pytest_generate_tests, run_interpreted  # noqa: F401
