@@ -138,7 +138,7 @@ def learning_rate(training: TrainingSection, step: int) -> float:
         height = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         assert training.decay is not None  # set where the recipe leaves it out
-        height = min(1.0, (training.steps - step) / (math.ceil(training.decay * training.steps) + 1))
+        height = min(1.0, (training.steps - step) / (math.floor(training.decay * training.steps) + 1))
     floor = training.final_learning_rate
     return training.learning_rate * (floor + (1 - floor) * height)
 
