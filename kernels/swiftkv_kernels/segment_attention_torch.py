@@ -274,7 +274,7 @@ def _attend(
     """
     if keys.key.shape[2] == 0:
         return torch.zeros_like(rows), torch.full_like(rows[..., 0], float("-inf"), dtype=_accumulate(rows))
-    if keys.key_scale is None and rows.device.type == "cpu" and not _products_are_faster(rows):
+    if keys.key_scale is None and rows.device.type == "cpu":
         with contextlib.suppress(AttributeError, RuntimeError):  # another torch may lack it, or take other arguments
             return _flash(rows, keys, hidden, change, scaling)
     return _products(rows, keys, hidden, change, scaling)
@@ -378,12 +378,6 @@ def _unpacked(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _accumulate(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
-
-
-def _products_are_faster(rows: Tensor) -> bool:
-    """Than torch's flash operator: with many bf16 rows, where the CPU has AMX. With avx512_bf16 alone it is 1.1 to 2.4
-    times as fast as they are: products wake the threads for every step, and their scores pass through memory."""
-    return rows.dtype == torch.bfloat16 and rows[0, 0, ..., 0].numel() >= BLOCK and _supported("amx_tile")
 
 
 def _more_rows_are_faster(queries: Tensor, slots: int) -> bool:

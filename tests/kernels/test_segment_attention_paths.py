@@ -66,17 +66,20 @@ def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
 
 @pytest.mark.parametrize("feature", ["amx_tile", None])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_products_where_the_cpu_has_amx(monkeypatch, feature, dtype):
-    """For many rows only; the setting that puts fp32 products of bf16 numbers there is restored."""
+def test_rows_are_filled_up_where_the_cpu_has_amx(monkeypatch, feature, dtype):
+    """A few bf16 ones over a long prefix."""
     monkeypatch.setattr(torch_path, "_supported", lambda asked: asked == feature)
-    settings = torch.backends.mkldnn.matmul.fp32_precision
-    for length, slots, many in ((1, 40, False), (200, 40, True)):
-        case = make(1, length, slots, pinned=4, prefixes=0, dtype=dtype)
-        with Watch() as watch:
-            found = case(segment_attention)
-        assert_close(found, case(naive_segment_attention), case, "cpu")
-        assert (FLASH not in watch.calls) == (dtype == BF16 and feature is not None and many)
-    assert torch.backends.mkldnn.matmul.fp32_precision == settings
+    case = make(11, 1, 9, 1100, prefixes=1, ratio=4, dtype=dtype)
+    case.options["prefix"].groups.zero_()
+    case.options["prefix"].lengths.fill_(1100)
+    held, asked = case.tensors[3:]
+    held[held >= 0] += 1100  # all behind the prefix
+    asked += 1100
+    with Watch() as watch:
+        found = case(segment_attention)
+    assert_close(found, case(naive_segment_attention), case, "cpu")
+    filled = dtype == BF16 and feature is not None
+    assert watch.queries[1:] == [(1, 2, 64 if filled else 44, case.tensors[0].shape[3])]
 
 
 # Tiles of a slot of a head of a row; of all slots; of all heads; of more rows.
