@@ -8,6 +8,7 @@ they are read again, as in a model, where weights pass in between.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ from swiftkv_train.bench.turns import (
     in_turns,
     numbers_from,
     reason,
+    seconds_of,
     target,
     target_lines,
     this_device,
@@ -47,6 +49,7 @@ from swiftkv_train.progress import Reporter
 DTYPES = ("float32", "bfloat16", "float16")
 COLD_BYTES = 256 << 20  # of K/V between two calls for the same layer
 MOST_LAYERS = 30
+TURN_SECONDS = 0.02  # of ours, about: in less, a turn shows the machine's mood
 LEAST_SPEEDUP = 0.95  # over plain; a cell below it is a mistake of the operation's choice of a path
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of outputs near 1 / sqrt(tokens)
 
@@ -145,10 +148,12 @@ def _row(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
                 raise
             failed[name] = str(error) if isinstance(error, RunError) else reason(error)
     works = {name: works[name] for name in WAYS if name in works}
-    cells = in_turns(works, repeats, device)
+    works[OURS]()
+    rounds = math.ceil(TURN_SECONDS / seconds_of(works[OURS], device))
+    cells = in_turns({name: _repeated(work, rounds) for name, work in works.items()}, repeats, device)
     for name, cell in cells.items():
         if "failed" not in cell:
-            calls_made = layers.get(name, layers[OURS])
+            calls_made = rounds * layers.get(name, layers[OURS])
             cell["all_seconds"] = [seconds / calls_made for seconds in cell["all_seconds"]]
             cell["seconds"] /= calls_made
     cells |= {name: {"failed": why} for name, why in failed.items()}
@@ -162,6 +167,14 @@ def _row(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
         "share_of_ceiling": None if speedup is None else speedup / shape.ceiling,
         "contenders": cells,
     }
+
+
+def _repeated(work: Callable[[], object], rounds: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(rounds):
+            work()
+
+    return run
 
 
 def _layers(key_value_bytes: int) -> int:
