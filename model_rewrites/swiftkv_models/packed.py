@@ -84,6 +84,9 @@ def num_parameters(model: Any) -> int:
 
 
 def _packable(weight: torch.Tensor) -> bool:
-    if type(weight) not in (torch.Tensor, nn.Parameter):  # of a library that quantises
-        return False
-    return packed_linear_backend(weight.device, weight.dtype) == "onednn"
+    return is_plain(weight) and packed_linear_backend(weight.device, weight.dtype) == "onednn"
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Not of a library that quantises, whose tensors are of a class of their own."""
+    return type(weight) in (torch.Tensor, nn.Parameter)

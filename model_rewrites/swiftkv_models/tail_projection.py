@@ -17,7 +17,7 @@ from torch import nn
 
 from swiftkv_kernels.kv_projection import kv_projection
 from swiftkv_kernels.packed_linear import PackedWeight
-from swiftkv_models.packed import PackedLinear
+from swiftkv_models.packed import PackedLinear, is_plain
 from swiftkv_models.segment_cache import SinkWindowCache
 
 
@@ -38,7 +38,7 @@ class TailProjection:
         modules = _projections(attentions)
         if {type(module) for module in modules} not in ({nn.Linear}, {PackedLinear}):
             return None
-        if any(type(module.weight) not in (torch.Tensor, nn.Parameter) for module in modules):  # quantised
+        if not all(is_plain(module.weight) for module in modules):
             return None
         kinds = {(module.weight.device, module.weight.dtype) for module in modules}
         if len(kinds) > 1 or modules[0].weight.device.type == "meta":
