@@ -42,6 +42,7 @@ class Step:
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [B, T, C] from absolute to cache positions
     # Of steps of one token, and on CPU only, where looking is free:
     all_visible: bool = False  # the query sees all that the used slots hold
+    prefix_visible: bool = False  # all rows share one prefix, and the query sees all of it
     slot: int | None = None  # where the token goes, if it is the same in all rows
     # Of steps of several tokens only:
     first: bool = False  # nothing was cached before
@@ -299,6 +300,9 @@ class SinkWindowCache(Cache):
             of_sinks, of_window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
             oldest = (last - self.window).clamp_min(-1)[:, None]
             step.all_visible = bool((of_sinks >= 0).all()) and bool((of_window > oldest).all())
+            if self.prefix_groups is not None and len(self.prefixes) == 1:
+                sees = (self.prefix_groups == 0) & (last >= self.prefix_lengths[0] - 1)
+                step.prefix_visible = bool(sees.all())
             first_slot, last_slot = (int(slot) for slot in slots.aminmax())
             step.slot = first_slot if first_slot == last_slot else None
         if tokens > 1:

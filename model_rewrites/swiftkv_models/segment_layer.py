@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from swiftkv_kernels.causal_attention import causal_attention
 from swiftkv_kernels.kv_quantize import kv_dequantize, kv_quantize
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
-from swiftkv_kernels.segment_attention_torch import attend_all
+from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared
 from swiftkv_models.rope import rotate
 from swiftkv_models.shared_prefix import stack_prefixes
 
@@ -180,8 +180,12 @@ class SegmentLayer(CacheLayerMixin):
             None if self.key_scale is None else self.key_scale[:, :, :used],
             None if self.value_scale is None else self.value_scale[:, :, :used],
         )
-        if step.all_visible and step.rotation is None and self.prefix is None and self.key_scale is None:
-            return attend_all(query, held[0], held[1], scaling)
+        if step.all_visible and self.key_scale is None:
+            if self.prefix is None and step.rotation is None:
+                return attend_all(query, held[0], held[1], scaling)
+            if self.prefix is not None and step.prefix_visible:
+                turned = _turned(query, step)
+                return attend_shared(query, turned, *held[:2], self.prefix.key, self.prefix.value, scaling)
         positions = None if step.all_visible else self.cache.positions[:, :used]
         return self._attend(query, held, positions, step, scaling)
 
@@ -204,21 +208,16 @@ class SegmentLayer(CacheLayerMixin):
     def _attend(
         self, query: torch.Tensor, held: Held, key_positions: torch.Tensor | None, step: Step, scaling: float
     ) -> torch.Tensor:
-        cache, count = self.cache, query.shape[2]
         keys, values, key_scale, value_scale = held
-        pinned_query = None
-        if step.rotation is not None:
-            cos, sin = (table[:, -count:].to(query.device) for table in step.rotation)
-            pinned_query = rotate(query.to(cos.dtype), cos, sin).to(query.dtype)
         return segment_attention(
             query,
             keys,
             values,
             None if key_positions is None else key_positions.to(query.device),
-            step.positions[:, -count:].to(query.device),
-            window=cache.window,
-            pinned=cache.attention_sinks,
-            pinned_query=pinned_query,
+            step.positions[:, -query.shape[2] :].to(query.device),
+            window=self.cache.window,
+            pinned=self.cache.attention_sinks,
+            pinned_query=_turned(query, step),
             prefix=self.prefix,
             key_scale=key_scale,
             value_scale=value_scale,
@@ -271,6 +270,14 @@ class SegmentLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for tensor in self.tensors():
             _bits(tensor).copy_(_bits(tensor).index_select(0, beam_idx.to(tensor.device)))
+
+
+def _turned(query: torch.Tensor, step: Step) -> torch.Tensor | None:
+    """The last queries of a step [B, H, K, C] at their positions in the cache; None where those are theirs anyway."""
+    if step.rotation is None:
+        return None
+    cos, sin = (table[:, -query.shape[2] :].to(query.device) for table in step.rotation)
+    return rotate(query.to(cos.dtype), cos, sin).to(query.dtype)
 
 
 def use_segment_attention(config: PretrainedConfig) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
-from swiftkv_kernels.segment_attention_torch import attend_all, merge_outputs
+from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared, merge_outputs
 from swiftkv_models.shared_prefix import sharing_pays
 from swiftkv_train.bench.turns import OURS
 
@@ -92,12 +92,14 @@ def ours(layer: LayerTensors) -> Attention:
         if device.type == "cpu":
             return partial(attend_all, layer.query, key, value, layer.query.shape[-1] ** -0.5)
         return partial(segment_attention, layer.query, key, value, None, last, window=suffix, pinned=prefix)
-    # On CPU the cache knows that all slots are visible.
-    key_positions = None if device.type == "cpu" else positions
+    if device.type == "cpu":  # where the cache knows that all is visible
+        scaling = layer.query.shape[-1] ** -0.5
+        own = (layer.query, None, layer.key, layer.value)
+        return partial(attend_shared, *own, layer.prefix_key, layer.prefix_value, scaling)
     lengths = torch.tensor([prefix], dtype=torch.int32, device=device)
     groups = torch.zeros(batch, dtype=torch.int32, device=device)
     segment = PrefixSegment(layer.prefix_key, layer.prefix_value, lengths, groups)
-    tensors = (layer.query, layer.key, layer.value, key_positions, last)
+    tensors = (layer.query, layer.key, layer.value, positions, last)
     return partial(segment_attention, *tensors, window=suffix, prefix=segment)
 
 

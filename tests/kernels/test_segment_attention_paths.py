@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from naive_segments import BF16, FP8, FP16, FP32, FP64, INT8, assert_close, make, naive_segment_attention
+from naive_segments import BF16, FP8, FP16, FP32, FP64, INT8, Case, assert_close, make, naive_segment_attention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,6 +80,39 @@ def test_rows_are_filled_up_where_the_cpu_has_amx(monkeypatch, feature, dtype):
     assert_close(found, case(naive_segment_attention), case, "cpu")
     filled = dtype == BF16 and feature is not None
     assert watch.queries[1:] == [(1, 2, 64 if filled else 44, case.tensors[0].shape[3])]
+
+
+@pytest.mark.parametrize("operator", [FLASH, "_no_such_operator"])
+@pytest.mark.parametrize("shape", [(2, 9, 1, 1, 64), (3, 1, 17, 3, 64), (11, 70, 1100, 4, 64), (33, 20, 300, 8, 128)])
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+def test_one_prefix_that_all_rows_see(monkeypatch, dtype, shape, operator):
+    """As a cache asks on CPU, and by way of segment_attention, which finds out; another rotation for the prefix."""
+    monkeypatch.setattr(torch_path, "FLASH", operator)
+    rows, slots, length, ratio, size = shape
+    case = make(rows, 1, slots, length, ratio=ratio, size=size, dtype=dtype)
+    (query, key, value, held, asked), options = case
+    prefix = options["prefix"]
+    prefix.groups.fill_(1)  # of two, the one that is full
+    asked.fill_(length + slots)
+    held.copy_(length + torch.arange(slots))
+    case = case.change(window=slots + 1)
+    expected = case(naive_segment_attention)
+    blind = Case((query, key, value, None, asked), case.options)
+    assert_close(blind(segment_attention), expected, case, "cpu")
+    strided = query.new_full((*query.shape, 2), float("nan"))[..., 1].copy_(query)
+    turned, keys = options["pinned_query"], (key, value, prefix.key[1:], prefix.value[1:])
+    assert_close(torch_path.attend_shared(strided, turned, *keys, size**-0.5), expected, case, "cpu")
+    same = case.change(pinned_query=query)(naive_segment_attention)
+    with Watch() as watch:
+        found = torch_path.attend_shared(query, None, *keys, size**-0.5)
+    assert_close(found, same, case, "cpu")
+    assert operator != FLASH or len(watch.calls) <= 32, watch.calls  # views and all
+    for change in ({"groups": prefix.groups.clone()}, {"lengths": prefix.lengths.clone()}):
+        (part,) = change.values()
+        part[-1] = 0  # a row has the other prefix; no row sees the last token, which is beyond its end
+        other = case.change(prefix=prefix._replace(**change))
+        expected = other(naive_segment_attention)
+        assert_close(Case(blind.tensors, other.options)(segment_attention), expected, case, "cpu")
 
 
 # Tiles of a slot of a head of a row; of all slots; of all heads; of more rows.

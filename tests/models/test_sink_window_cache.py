@@ -5,13 +5,22 @@ of logits of size 10 with the naive code: 1e-5. Between two ways through our own
 """
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 from naive_streaming import naive_streaming_logits
 from transformers import DynamicCache
 
-from swiftkv_models import SharedPrefix, SinkWindowCache, rewrite, segment_cache, shared_prefix, use_exact_positions
+from swiftkv_models import (
+    SharedPrefix,
+    SinkWindowCache,
+    rewrite,
+    segment_cache,
+    segment_layer,
+    shared_prefix,
+    use_exact_positions,
+)
 from tiny import random_ids, randomise_tail, tiny_llama
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -239,7 +248,9 @@ def test_a_prefix_of_all_rows_is_not_run_again(model, sharing):
 
 
 @pytest.mark.parametrize("chunks", [[25], [1] * 25, [4, 21]], ids=["whole", "single", "chunks"])
-def test_prefix_and_stream_together_are_that_many_sinks(model, chunks, sharing):
+def test_prefix_and_stream_together_are_that_many_sinks(monkeypatch, model, chunks, sharing):
+    steps = Mock(wraps=segment_layer.attend_shared)
+    monkeypatch.setattr(segment_layer, "attend_shared", steps)
     prefix = prefix_of(model, 9)
     ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 25)], dim=1)
     cache = SinkWindowCache(model.config, window=6, attention_sinks=4, prefixes=prefix, input_ids=ids)
@@ -247,6 +258,7 @@ def test_prefix_and_stream_together_are_that_many_sinks(model, chunks, sharing):
     for row in range(2):
         expected = naive_streaming_logits(model, ids[row], 6, 9)[9:]
         torch.testing.assert_close(found[row], expected, **CLOSE)
+    assert bool(steps.called) == (sharing and chunks[0] == 1)
 
 
 def test_rows_with_a_prefix_beside_rows_without_sinks(model):
