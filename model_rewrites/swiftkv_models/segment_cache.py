@@ -66,7 +66,7 @@ class SinkWindowCache(Cache):
         attention_sinks: S, first tokens that are kept for ever; 0 shows why they are there.
         prefixes: shared prompts. Rows of `input_ids` [B, T] that begin with one, by token ids, use it; others have
             sinks of their own. `attention_mask` [B, T] tells left padding. Where sharing would not pay (one row; on
-            CPU also two, or a short prefix: `sharing_pays`) the prefix is copied into the rows instead; `shared_rows`
+            CPU also a few, or a short prefix: `sharing_pays`) the prefix is copied into the rows instead; `shared_rows`
             is then 0.
         quantization: 'int8' or 'fp8' (e4m3): K and V in 8 bits, with a scale per token and head.
 

@@ -46,7 +46,7 @@ def test_without_sinks_the_model_collapses_beyond_the_window_and_with_four_it_do
 
 def test_a_prompt_after_a_shared_prefix_is_answered_as_after_the_whole(smollm2, model, monkeypatch):
     """bfloat16, and sums in another order: logits agree to 0.2 of their spread, and greedy answers begin alike."""
-    monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)  # of three rows it would not, on CPU
+    monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)  # of so short a prefix it would not, on CPU
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     system = [{"role": "system", "content": "You are a terse assistant. Answer in one short sentence. " * 12}]
     prefix = SharedPrefix.from_messages(model, tokenizer, system)
