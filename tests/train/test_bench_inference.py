@@ -202,13 +202,20 @@ def test_trend_of_a_long_run():
 
 
 def test_targets_are_of_the_worst_length():
+    ours, failed = {"seconds": 10.0}, {"failed": "no"}
     rows = [
-        {"window": window, "contenders": {"re-rotate": {"speedup": speedup}, "recompute": {"failed": "no"}}}
-        for window, speedup in ((1024, 2.0), (1024, 1.2), (256, 0.5))
+        {
+            "window": window,
+            "contenders": {"ours": ours, "re-rotate": {"speedup": x, "seconds": 10 * x}, "recompute": failed},
+        }
+        for window, x in ((1024, 2.0), (1024, 1.2), (256, 0.5))
     ]
-    recompute, re_rotate, published = stream._targets(rows)
-    assert (recompute["found"], recompute["reached"]) == (published["found"], published["reached"]) == (None, False)
+    recompute, re_rotate, published = stream._targets(rows, {1024: 2.0, 256: 1.0})
+    assert recompute["found"] is recompute["bound"] is published["found"] is None
+    assert (recompute["reached"], published["reached"]) == (False, False)
     assert (re_rotate["found"], re_rotate["wanted"], re_rotate["reached"]) == (1.2, 1.46, False)
+    assert re_rotate["bound"] == 12 / (10 - 2)
+    assert stream._targets(rows, {1024: 11.0})[1]["bound"] is None  # noise of a tiny model
 
 
 def test_relay(result_of, monkeypatch):
