@@ -150,7 +150,10 @@ def _first_seen(allowed: Tensor) -> int:
 
 @contextmanager
 def half_precision_products(dtype: torch.dtype) -> Iterator[None]:
-    """fp32 products of tensors that hold bf16 values may run on the bf16 units: nothing is rounded, sums stay fp32."""
+    """fp32 products of tensors that hold bf16 values may run on the bf16 units: nothing is rounded, sums stay fp32.
+
+    The setting is the process's: other threads' fp32 products, of whatever values, run so too meanwhile.
+    """
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
     if dtype != torch.bfloat16 or not hasattr(settings, "fp32_precision"):
         yield

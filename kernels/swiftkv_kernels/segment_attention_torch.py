@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from swiftkv_kernels.causal_attention import half_precision_products
-from swiftkv_kernels.kv_quantize import float16_of_float8
+from swiftkv_kernels.kv_quantize import float16_of_float8, kv_dequantize
 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"  # private, but the only one on CPU that gives a log-sum-exp
 BLOCK = 128  # queries
 PACKED_FROM = 64  # bf16 queries, by torch's flash operator
+FLASH_UNPACKED_FROM = (
+    64  # queries over 8-bit K/V: fewer are worth no unpacking to their dtype (384: a third of the time)
+)
 WORK = 1 << 20  # numbers in a temporary: scores, unpacked keys. More would leave the cache
 
 # Added to hidden scores. Not -inf: what the operator then gives a row that sees nothing depends on its version. With
@@ -325,9 +328,12 @@ def _attend(
     """
     if keys.key.shape[2] == 0:
         return torch.zeros_like(rows), torch.full_like(rows[..., 0], float("-inf"), dtype=_accumulate(rows))
-    if keys.key_scale is None and rows.device.type == "cpu":
+    if rows.device.type == "cpu":
         with contextlib.suppress(AttributeError, RuntimeError):  # another torch may lack it, or take other arguments
-            return _flash(rows, keys, hidden, change, scaling)
+            if keys.key_scale is None:
+                return _flash(rows, keys, hidden, change, scaling)
+            if rows.shape[2] * rows.shape[3] >= FLASH_UNPACKED_FROM:
+                return _in_tiles(_flash_unpacked, rows.shape[-1], rows, keys, hidden, change, scaling)
     return _products(rows, keys, hidden, change, scaling)
 
 
@@ -362,12 +368,34 @@ def _flash(
     return output, log_sum_exp
 
 
+def _flash_unpacked(
+    rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    assert keys.key_scale is not None
+    assert keys.value_scale is not None
+    key = kv_dequantize(keys.key, keys.key_scale, rows.dtype)
+    value = kv_dequantize(keys.value, keys.value_scale, rows.dtype)
+    return _flash(rows, _Keys(key, value, keys.positions), hidden, change, scaling)
+
+
 def _products(
     rows: Tensor, keys: _Keys, hidden: Tensor | None, change: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`_product` in tiles of rows, K/V heads and keys, so that scores and unpacked keys stay in the cache."""
-    batch, groups, ratio, length, size = rows.shape
-    slots, numbers = keys.key.shape[2], max(ratio * length, size)  # of a slot: scores, or its unpacked key
+    numbers = max(rows.shape[2] * rows.shape[3], rows.shape[4])  # scores, or the unpacked key
+    return _in_tiles(_product, numbers, rows, keys, hidden, change, scaling)
+
+
+def _in_tiles(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    numbers: int,
+    rows: Tensor,
+    keys: _Keys,
+    hidden: Tensor | None,
+    change: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend` in tiles of rows, K/V heads and keys: so what it makes, `numbers` for a slot, stays in the cache."""
+    batch, groups, slots = len(rows), rows.shape[1], keys.key.shape[2]
     few_slots = min(slots, max(1, WORK // numbers))
     fitting = max(1, WORK // (numbers * few_slots))
     few_groups = min(groups, fitting)
@@ -382,7 +410,7 @@ def _products(
             for part in _parts(slots, few_slots):
                 seen_hidden, seen_change = (None if x is None else x[..., part] for x in (its_hidden, its_change))
                 seen = its_keys.slots(part.start, part.stop)
-                by_slot.append(_product(rows[row, group], seen, seen_hidden, seen_change, scaling))
+                by_slot.append(attend(rows[row, group], seen, seen_hidden, seen_change, scaling))
             by_group.append(by_slot[0] if len(by_slot) == 1 else merge_partials(*zip(*by_slot, strict=True)))
         by_row.append(_joined(by_group, dim=1))
     return _joined(by_row, dim=0)
