@@ -5,10 +5,12 @@ All of it is attention of queries at positions over keys at positions (a prefix 
     own, few queries     all rows of the batch and all their slots at once; what is hidden is masked
     own, many queries    row by row, pinned and window slots apart, keys sorted by position: a block of queries at a
                          time, against the run of keys that any of them may see
-    a group's prefix     the queries of all rows of the group side by side, as if of one row: its K/V are read once
+    a group's prefix     the queries of all rows of the group side by side, as if of one row: its K/V are read once for
+                         all rows (of a long chunk once for every block of its queries)
 
-The R query heads of a K/V head are rows of one product throughout: rows [B, G, R, T, C]; other shapes as in
-segment_attention. Partial outputs are in the query's dtype where torch's flash operator makes them, else fp32 or fp64.
+`attend_all` and `attend_shared` are the steps of decoding that a cache asks for most, without checks. The R query heads
+of a K/V head are rows of one product throughout: rows [B, G, R, T, C]; other shapes as in segment_attention. Partial
+outputs are in the query's dtype (fp32 for fp16 where torch's flash operator is missing), log-sum-exps in fp32 or fp64.
 """
 
 from __future__ import annotations

@@ -361,8 +361,8 @@ def _attend(
 
 
 def _queries(query, where, inside, C: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr):
-    channel = tl.arange(0, BLOCK_C)
     """As tiles; in fp32 where the interpreter multiplies, which gets bf16 wrong."""
+    channel = tl.arange(0, BLOCK_C)
     q = tl.load(query + where[:, None] + channel[None, :], mask=inside[:, None] & (channel < C)[None, :], other=0.0)
     return q.to(tl.float32) if UPCAST else q
 

@@ -7,7 +7,8 @@ Positions are positions in the cache, as there: at most sinks + window - 1. A ke
 absolute position, and lies in a ring: its slot is used again `window` tokens later, and nothing is ever moved. For
 attention does not mind the order of the keys, and RoPE minds differences of positions only. So the query at absolute
 position t meets the window as it is, and sinks and prefix, from which t has drifted away, after a second rotation by
-min(t, sinks + window - 1) - t. Exact, and nothing is done per key (`swiftkv_kernels.segment_attention`).
+min(t, sinks + window - 1) - t. Exact, and nothing is done per key of the window (`swiftkv_kernels.segment_attention`);
+on CPU the few sinks' keys are turned instead, all layers' at once.
 
 A prompt, or a chunk of one, is attended to as if its tokens had been fed one by one. Padding is not kept. Memory is
 allocated once, by the first tokens. What drops out of the window is forgotten: streaming does not extend the context.
@@ -117,7 +118,9 @@ class SinkWindowCache(Cache):
         self.row_indices: Any = None  # [B] int64
         # K, V [L, B, G, N + 1, C] and scales of all L layers, whose own are views; None if they are on several devices
         self.storage: Held | None = None
-        self.sinks: torch.Tensor | None = None  # [L, B, G, S, C], the sinks' keys while they are turned in their slots
+        # [L, B, G, S, C], of what is turned in its slots: the sinks' keys as they came, while `are_turned`
+        self.sinks: torch.Tensor | None = None
+        self.are_turned = False
 
         self.prefixes = [prefixes] if isinstance(prefixes, SharedPrefix) else list(prefixes)
         self.prefix_groups: Any = None  # [B] int32, -1: none
@@ -187,8 +190,7 @@ class SinkWindowCache(Cache):
         """Bytes allocated: slots, and what is made of shared prefixes (`SharedPrefix.nbytes`) that are several or have
         to be quantised; a single one is read where it is."""
         tensors = [tensor for layer in self.segments for tensor in (*layer.tensors(), *layer.own_prefix())]
-        if self.positions is not None:
-            tensors.append(self.positions)
+        tensors += [tensor for tensor in (self.positions, self.sinks) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @torch.inference_mode(False)  # else what goes on outside of it could not write
@@ -216,6 +218,9 @@ class SinkWindowCache(Cache):
                 layer.is_initialized = False
             raise
         self.storage = storage
+        if self._turns_sinks():
+            with torch.inference_mode(False):
+                self.sinks = torch.zeros_like(self._sink_keys())
 
     def start(self, batch: int, device: torch.device) -> None:
         """A forward of `batch` rows begins.
@@ -372,29 +377,38 @@ class SinkWindowCache(Cache):
 
         A second rotation of queries is a second set of scores. On CPU, that costs more than it computes.
         """
+        # Else one is still to come, into its slot.
+        return self.storage is not None and self.sinks is not None and bool((self.lengths >= self.pinned).all())
+
+    def _turns_sinks(self) -> bool:
+        """Whether this cache ever does."""
         return (
             self.storage is not None
             and at_hand(self.storage[0])
             and self.quantized_dtype is None
             and self.prefix_groups is None
-            and self.attention_sinks <= MOST_TURNED
-            and bool((self.lengths >= self.pinned).all())  # else one is still to come, into its slot
+            and 0 < self.attention_sinks <= MOST_TURNED
         )
+
+    def _sink_keys(self) -> torch.Tensor:
+        assert self.storage is not None
+        return self.storage[0][:, :, :, : self.attention_sinks]
 
     def _turn_sinks(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Put the sinks' keys where a query at its absolute position [B, 1, C] meets them as in the cache."""
-        assert self.storage is not None
-        slots = self.storage[0][:, :, :, : self.attention_sinks]
-        if self.sinks is None:
-            self.sinks = slots.clone()
+        assert self.sinks is not None
+        slots = self._sink_keys()
+        if not self.are_turned:
+            self.sinks.copy_(slots)
+            self.are_turned = True
         keys = self.sinks.flatten(0, 1).to(cos.dtype)  # [L B, G, S, C]; the opposite of the query's rotation
         turned = rotate(keys, cos.repeat(len(slots), 1, 1), -sin.repeat(len(slots), 1, 1))
         slots.copy_(turned.view(slots.shape))
 
     def _turn_sinks_back(self) -> None:
-        if self.sinks is not None and self.storage is not None:
-            self.storage[0][:, :, :, : self.attention_sinks].copy_(self.sinks)
-            self.sinks = None
+        if self.are_turned and self.sinks is not None:
+            self._sink_keys().copy_(self.sinks)
+            self.are_turned = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,7 +1,7 @@
 """A prompt that many requests begin with, prefilled once: relay attention's shared segment (arXiv 2402.14808).
 
 Whether a request begins with it is decided by token ids. Its keys lie rotated at positions 0 .. P - 1, so it may stand
-before any row of any batch, and no row's cache holds a copy (`SinkWindowCache(prefixes=...)`).
+before any row of any batch, and no row's cache holds a copy, unless that is faster (`SinkWindowCache(prefixes=...)`).
 
     P tokens   G K/V heads   C head size   M prefixes of one cache
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-WORTH_ON_CPU = 1 << 20  # bytes of K/V in a layer that are not read: from 0.75 MiB on sharing is no slower
+WORTH_ON_CPU = 1 << 20  # bytes of K/V in a layer that are not read: at 0.75 MiB sharing is as fast, from here on faster
 LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a GPU; pinned slots it does not
 
 

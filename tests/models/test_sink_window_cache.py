@@ -149,15 +149,18 @@ def test_a_second_turn_goes_on_with_padding_of_its_own(model):
 def test_memory_is_allocated_once(model):
     cache = SinkWindowCache(model.config, window=8, attention_sinks=2)
     feed(model, random_ids(2, 3), cache, [3])
-    before = [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
+    held = [tensor for layer in cache.layers for tensor in layer.tensors()] + [cache.positions, cache.sinks]
+    before = [tensor.data_ptr() for tensor in held]
     size = cache.nbytes
     config = model.config
     per_slot = 2 * config.num_key_value_heads * config.head_dim * 8
     layers = getattr(config, "num_cached_layers", config.num_hidden_layers)
-    assert size == 2 * (8 + 2 + 1) * (layers * per_slot + 4)
-    feed(model, random_ids(2, 40), cache, [17, 1, 22])
-    assert [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()] == before
-    assert cache.nbytes == size
+    assert size == 2 * (8 + 2 + 1) * (layers * per_slot + 4) + 2 * 2 * layers * per_slot // 2  # and the sinks' keys
+    for chunks in ([17, 1, 22], [1] * 40):
+        feed(model, random_ids(2, 40), cache, chunks)
+        held = [tensor for layer in cache.layers for tensor in layer.tensors()] + [cache.positions, cache.sinks]
+        assert [tensor.data_ptr() for tensor in held] == before
+        assert cache.nbytes == size
 
 
 def test_reset_forgets(model):
