@@ -357,6 +357,30 @@ def test_a_quantised_prefix(model, sharing):
     assert 1e-4 < (found - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+def test_everything_at_once(model, sharing, quantization):
+    """A padded batch behind a prefix, past its window, over two turns, in 8 bits: what each row gets by itself."""
+    prefix = prefix_of(model, 9)
+    head = torch.tensor(prefix.token_ids)
+    ids, mask = padded([torch.cat([head, random_ids(length, seed=length)]) for length in (4, 17, 11)])
+    settings = {"window": 6, "prefixes": prefix, "quantization": quantization}
+    cache = SinkWindowCache(model.config, input_ids=ids, attention_mask=mask, **settings)
+    options = {"past_key_values": cache, "do_sample": False, "eos_token_id": None}
+    answered = model.generate(ids, attention_mask=mask, max_new_tokens=8, **options)
+    ids = torch.cat([answered, random_ids(3, 5)], dim=1)
+    mask = torch.cat([mask, torch.ones(3, 13, dtype=mask.dtype)], dim=1)
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    done = model.generate(ids, attention_mask=mask, max_new_tokens=4, **options)
+    for index, padding in enumerate((mask == 0).sum(1)):
+        row = done.sequences[index, padding:-1]
+        if quantization is None:
+            expected = naive_streaming_logits(model, row, 6, 9)[-4:]
+        else:
+            alone = SinkWindowCache(model.config, input_ids=row[None], **settings)
+            expected = feed(model, row[None, 9:], alone, [1] * (len(row) - 9))[0, -4:]
+        torch.testing.assert_close(torch.stack(done.logits)[:, index].double(), expected.double(), **CLOSE)
+
+
 @torch.no_grad()
 def test_what_is_refused(model):
     config, ids = model.config, random_ids(1, 5)
