@@ -141,14 +141,27 @@ def decode_rows(decode: dict[str, Any]) -> list[str]:
 
 
 def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
-    lines = []
-    for row in memory["rows"]:
+    def form(row: dict[str, Any]) -> str:
         first, layers = row["num_key_value_layers"], row["num_hidden_layers"]
-        form = "base" if first == layers else f"l = {first} of {layers}, g = {row['key_value_group_size']}"
-        stored = "" if row["quantization"] == "none" else f", {row['quantization']}"
+        model = "base" if first == layers else f"l = {first} of {layers}, g = {row['key_value_group_size']}"
+        return model if row["quantization"] == "none" else f"{model}, {row['quantization']}"
+
+    lines = [
+        f"| K/V bytes per token, {form(row)}, against the base | {row['bytes_per_token']:,.0f} "
+        f"| {row['base_bytes_per_token']:,.0f} | {row['ratio']:.3f} | `kv_memory.json` |"
+        for row in memory["rows"]
+    ]
+    for row in memory["quality"]:
         lines.append(
-            f"| K/V bytes per token, {form}{stored}, against the base | {row['bytes_per_token']:,.0f} "
-            f"| {row['base_bytes_per_token']:,.0f} | {row['ratio']:.3f} | `kv_memory.json` |"
+            f"| perplexity on {row['source']}, {form(row)}, against K/V as they are (KL {row['kl']:.1e}) "
+            f"| {row['quantised_perplexity']:.2f} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.4f} "
+            "| `kv_memory.json` |"
+        )
+    for row in memory["quality_against_base"]:
+        lines.append(
+            f"| perplexity on {row['source']}, {form(row)}, calibrated alone, against the base (KL {row['kl']:.3f}) "
+            f"| {row['quantised_perplexity']:.2f} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.3f} "
+            "| `kv_memory.json` |"
         )
     return lines
 

@@ -93,7 +93,7 @@ def cache_tensors(cache: Any) -> list[Tensor]:
     ours: Any = cache
     own = [tensor for layer in ours.layers for tensor in layer.tensors()]
     shared = [tensor for prefix in ours.prefixes for tensor in (*prefix.keys, *prefix.values)]
-    books = [tensor for tensor in (ours.positions, ours.lengths, ours.pinned) if tensor is not None]
+    books = [tensor for tensor in (ours.positions, ours.lengths, ours.pinned, ours.sinks) if tensor is not None]
     return [*own, *shared, *books]
 
 

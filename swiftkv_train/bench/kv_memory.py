@@ -3,8 +3,8 @@ what a format costs in quality on real text.
 
 Bytes are of the cache's own memory (K, V, scales, positions) over its slots, against the base's through transformers'
 cache. Quality is of a model with K/V in 8 bits against the same model with them as they are: what the format does,
-apart from what the rewrite does, and in fp32, apart from what rounding in bf16 does (which is about as much). Texts are
-scored whole, their K/V quantised as later tokens meet them.
+apart from what the rewrite does, and in fp32, apart from what rounding in bf16 does (which is about as much); of a
+checkpoint also against the base, what both do. Texts are scored whole, their K/V quantised as later tokens meet them.
 """
 
 from __future__ import annotations
@@ -36,33 +36,34 @@ STORAGES = ("none", *QUANTIZATIONS)
 
 @torch.no_grad()
 def measure(
-    base: str, checkpoint: str | None, data: list[str] | None, tokens: int, sequence_length: int
+    base: str, checkpoints: list[str] | None, data: list[str] | None, tokens: int, sequence_length: int
 ) -> dict[str, Any]:
-    """Bytes of all forms; with `data` (NAME=PATH) also quality, of the base and of `checkpoint`."""
+    """Bytes of all forms; with `data` (NAME=PATH) also quality, of the base and of `checkpoints`."""
     if sequence_length < 2:
         raise UserError(f"--sequence-length must be at least 2, not {sequence_length}")
     device = this_device()
     sources = parse_sources(data or [])
     model = load_model(base, families=("llama",)).to(device)
-    scored = {"base": (base, "llama"), "checkpoint": (checkpoint, "llama_swiftkv")}
-    models = {
-        name: load_model(path, dtype="float32", families=(family,)).to(device)
-        for name, (path, family) in scored.items()
-        if sources and path is not None
-    }
     rows = _memory(model)
-    quality = []
+    quality: list[dict[str, Any]] = []
+    against_base: list[dict[str, Any]] = []
     texts = {source.name: _rows_of_text(source, base, model, tokens, sequence_length) for source in sources}
-    total = sum(len(ids) for ids in texts.values()) * len(models)
+    scored = {"base": base, **{path: path for path in checkpoints or []}}
+    total = sum(len(ids) for ids in texts.values()) * len(scored)
     with Reporter().bar("quality", total, "texts") as advance:
-        for source, ids in texts.items():
-            for name, exact in models.items():
-                for storage, found in _quality(exact, ids.to(device), advance).items():
-                    path = str(scored[name][0])
-                    check_finite_quality({source: found}, path, f"{path} with K/V in {storage}")
-                    quality.append({"source": source, "model": name, **_row(storage, found)})
-    options = "".join(f" --data {text}" for text in data or [])
-    options = (f" --checkpoint {checkpoint}" if checkpoint else "") + options
+        unchanged = load_model(base, dtype="float32", families=("llama",)).to(device) if sources else None
+        for name, path in scored.items() if sources else ():
+            family = "llama" if name == "base" else "llama_swiftkv"
+            exact = load_model(path, dtype="float32", families=(family,)).to(device)
+            form = {"model": name, **_form(exact)}
+            for source, ids in texts.items():
+                of_format, of_all = _quality(exact, unchanged, ids.to(device), advance)
+                for found, lines in ((of_format, quality), (of_all if name != "base" else {}, against_base)):
+                    for storage, measured in found.items():
+                        check_finite_quality({source: measured}, path, f"{path} with K/V in {storage}")
+                        lines.append({"source": source, **form, **_row(storage, measured)})
+    options = "".join(f" --checkpoint {path}" for path in checkpoints or [])
+    options += "".join(f" --data {text}" for text in data or [])
     return {
         "benchmark": "memory of the K/V cache, and what 8 bits cost",
         "command": f"swiftkv bench kv-memory {base}{options} --tokens {tokens} --sequence-length {sequence_length}",
@@ -71,7 +72,12 @@ def measure(
         "sinks": SINKS,
         "rows": rows,
         "quality": quality,
-        "summary": [*map(_memory_line, rows), *map(_quality_line, quality)],
+        "quality_against_base": against_base,
+        "summary": [
+            *map(_memory_line, rows),
+            *map(_quality_line, quality),
+            *(f"{_quality_line(row)} of the base" for row in against_base),
+        ],
     }
 
 
@@ -89,9 +95,7 @@ def _memory(base: Model) -> list[dict[str, Any]]:
             found = _bytes_per_token(model, storage)
             rows.append(
                 {
-                    "num_key_value_layers": getattr(model.config, "num_key_value_layers", layers),
-                    "num_hidden_layers": layers,
-                    "key_value_group_size": getattr(model.config, "key_value_group_size", 1),
+                    **_form(model),
                     "cached_layers": cached,
                     "quantization": storage,
                     "bytes_per_token": found,
@@ -101,6 +105,16 @@ def _memory(base: Model) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _form(model: Model) -> dict[str, Any]:
+    layers = model.config.num_hidden_layers
+    return {
+        "num_key_value_layers": getattr(model.config, "num_key_value_layers", layers),
+        "num_hidden_layers": layers,
+        "key_value_group_size": getattr(model.config, "key_value_group_size", 1),
+        "key_value_groups": getattr(model.config, "key_value_groups", None),
+    }
 
 
 def _cache(model: Model, window: int, storage: str) -> SinkWindowCache:
@@ -127,17 +141,27 @@ def _rows_of_text(source: Source, base: str, model: Model, tokens: int, length: 
     return ids[: rows * length].view(rows, length)
 
 
-def _quality(model: Model, texts: torch.Tensor, advance: Callable[[int], None]) -> dict[str, Quality]:
-    measures: dict[str, list[torch.Tensor]] = {storage: [] for storage in QUANTIZATIONS}
+def _quality(
+    model: Model, base: Any, texts: torch.Tensor, advance: Callable[[int], None]
+) -> tuple[dict[str, Quality], dict[str, Quality]]:
+    """Of every 8-bit format against the model's own K/V, and of every format against the base."""
+    of_format: dict[str, list[torch.Tensor]] = {storage: [] for storage in QUANTIZATIONS}
+    of_all: dict[str, list[torch.Tensor]] = {storage: [] for storage in STORAGES}
     for ids in texts.split(1):
-        plain, *quantised = (
-            model(ids, past_key_values=_cache(model, ids.shape[1], storage), use_cache=True).logits[0, :-1]
+        wanted = base(ids, use_cache=False).logits[0, :-1]
+        found = {
+            storage: model(ids, past_key_values=_cache(model, ids.shape[1], storage), use_cache=True).logits[0, :-1]
             for storage in STORAGES
-        )
-        for found, logits in zip(measures.values(), quantised, strict=True):
-            found.append(token_measures(logits, plain, ids[0, 1:]).cpu())
+        }
+        for measures, exact in ((of_format, found["none"]), (of_all, wanted)):
+            for storage, listed in measures.items():
+                listed.append(token_measures(found[storage], exact, ids[0, 1:]).cpu())
         advance(1)
-    return {storage: summarise(torch.cat(found)) for storage, found in measures.items()}
+    first, second = (
+        {storage: summarise(torch.cat(listed)) for storage, listed in measures.items()}
+        for measures in (of_format, of_all)
+    )
+    return first, second
 
 
 def _row(storage: str, quality: Quality) -> dict[str, Any]:

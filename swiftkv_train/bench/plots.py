@@ -123,7 +123,8 @@ def draw_kv_memory(result: dict[str, Any], pyplot: Any) -> Any:
     panels[0].set_ylabel("K/V bytes a token, over the base's")
     panels[0].legend(frameon=False)
     if quality:
-        names = [f"{row['source']}\n{row['model']}\n{row['quantization']}" for row in quality]
+        forms_of = {row["model"]: f"g={row['key_value_group_size']}" for row in quality} | {"base": "base"}
+        names = [f"{row['source']}\n{forms_of[row['model']]}\n{row['quantization']}" for row in quality]
         bars = panels[1].bar(
             names, [row["kl"] for row in quality], color=[COLOURS[row["quantization"]] for row in quality]
         )

@@ -253,10 +253,10 @@ def decode(
 def kv_memory(
     base: Annotated[str, typer.Argument(help="Base model.")],
     checkpoint: Annotated[
-        str | None,
-        typer.Option(help="Exported checkpoint whose quality to measure as well, with --data."),
+        list[str] | None,
+        typer.Option(help="Exported checkpoint whose quality to measure as well, with --data; may be repeated."),
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Text to score: NAME=PATH.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Text to score: NAME=PATH; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of each text.")] = 16_384,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens scored in one piece.")] = 512,
     output: OutputOption = None,

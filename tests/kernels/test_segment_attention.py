@@ -16,7 +16,8 @@ from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # B, T, own slots, P, pinned, H / G, C: every B of 1, 2, 3, 7, 8, 16, 33 and of 70, of which groups are counted in two
-# goes; P of 0, 1, 15, 16, 17, 255, 256, 4096; ratio of 1, 3, 4, 8. The first are small enough for the interpreter.
+# goes; P of 0, 1, 15, 16, 17, 255, 256, 4096; ratio of 1, 3, 4, 8, each with C of 64 and 128. The first are small
+# enough for the interpreter.
 SHAPES = [
     (1, 1, 0, 0, 0, 3, 64),
     (1, 1, 1, 1, 0, 1, 64),
@@ -33,6 +34,9 @@ SHAPES = [
     (16, 1, 90, 4096, 4, 3, 64),
     (33, 1, 17, 256, 4, 3, 64),
     (33, 2, 0, 1, 0, 1, 80),
+    (3, 1, 0, 256, 0, 4, 64),
+    (2, 1, 15, 17, 4, 8, 64),
+    (2, 2, 11, 16, 4, 3, 128),
     (1, 300, 517, 256, 4, 3, 64),
 ]
 FEW = SHAPES[2:5]  # for what does not depend on shape
@@ -61,7 +65,7 @@ def skip_if_interpreted(place, *, when: bool = True) -> None:
 def test_matches_fp64(place, shape, dtype, storage):
     if place.backend == "triton" and dtype == FP64:
         pytest.skip("the kernel computes in fp32")
-    small = SHAPES.index(shape) < 8 if (dtype, storage) in [(FP32, None), (BF16, INT8)] else shape in FEW[:2]
+    small = SHAPES.index(shape) < 9 if (dtype, storage) in [(FP32, None), (BF16, INT8)] else shape in FEW[:2]
     skip_if_interpreted(place, when=not small)
     prefixes = 5 if shape[0] > 8 else 2
     check(from_shape(shape, dtype=dtype, storage=storage, device=place.device, prefixes=prefixes), place)

@@ -279,11 +279,19 @@ def test_kv_memory(result_of):
         number = {"none": 16 * 4, "int8": 16 + 4, "fp8": 16 + 4}[row["quantization"]]  # of a head: C numbers, a scale
         states = 2 * layers[form] * 2 * number
         assert row["base_bytes_per_token"] == 2 * 6 * 2 * 16 * 4
-        # Beside K and V 4 bytes a position, and one slot of 1,025 for what is dropped.
-        assert row["bytes_per_token"] == pytest.approx((states + 4) * 1025 / 1024, abs=0.1)
+        # Beside K and V 4 bytes a position, one slot of 1,025 for what is dropped, the keys of 4 sinks as they came.
+        sinks = 4 * (layers[form] * 2 * number) / 1024 if row["quantization"] == "none" else 0
+        assert row["bytes_per_token"] == pytest.approx((states + 4) * 1025 / 1024 + sinks, abs=0.1)
         assert row["ratio"] == row["bytes_per_token"] / row["base_bytes_per_token"]
         assert row["layers_ratio"] == layers[form] / 6
+    assert [(row["model"], row["quantization"]) for row in result["quality_against_base"]] == [
+        ("checkpoint", storage) for storage in ("none", "int8", "fp8")
+    ]
+    # That of a rewrite without calibration or training, beside which a format is little.
+    plain, *packed = (row["kl"] for row in result["quality_against_base"])
+    assert packed == pytest.approx([plain] * 2, rel=0.2)
     quality = {(row["model"], row["quantization"]): row for row in result["quality"]}
+    assert {row["key_value_group_size"] for row in result["quality"]} == {1, 3}
     assert set(quality) == {(name, storage) for name in ("base", "checkpoint") for storage in ("int8", "fp8")}
     for row in quality.values():
         assert row["tokens"] == 3 * 63
@@ -295,7 +303,9 @@ def test_kv_memory(result_of):
 
 @torch.no_grad()
 def test_quality_of_a_storage_format_is_what_decoding_with_it_has(model, random_ids):
-    int8 = kv_memory._quality(model, random_ids, lambda texts: None)["int8"]
+    of_format, of_all = kv_memory._quality(model, model, random_ids, lambda texts: None)
+    int8 = of_format["int8"]
+    assert of_all["none"].kl < 1e-6 < of_all["int8"].kl  # here the base is the model itself
     cache = SinkWindowCache(model.config, window=60, attention_sinks=4, quantization="int8")
     steps = [model(part, past_key_values=cache, use_cache=True).logits for part in random_ids.split(1, dim=1)]
     quantised = torch.cat(steps, dim=1)[0, :-1].double().log_softmax(-1)
