@@ -10,7 +10,7 @@ from rich.console import Console
 from swiftkv_train.errors import UserError
 from swiftkv_train.results import check_target, plot_of, to_json, write_result
 
-DRAWN = ("decode", "kv-memory", "quality", "relay", "stream")  # what bench/plots.py has a picture of
+DRAWN = ("decode", "kv-memory", "prefill", "quality", "relay", "stream")  # what bench/plots.py has a picture of
 
 
 def check_output(benchmark: str, output: Path) -> None:

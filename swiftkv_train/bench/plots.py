@@ -33,35 +33,66 @@ def _doubling(axes: Any, values: list[int]) -> None:
     axes.set_xticks(sorted(set(values)), [f"{value:,}" for value in sorted(set(values))])
 
 
+def draw_prefill(result: dict[str, Any], pyplot: Any) -> Any:
+    """Time to the first token over the length of the prompt, and SwiftKV's over the base's."""
+    figure, panels = _panels(pyplot, 2)
+    lengths = [row["prompt_tokens"] for row in result["rows"]]
+    for name, marker, label in (("base", "s", "base"), ("student", "o", "SwiftKV")):
+        seconds = [row[f"{name}_seconds"] for row in result["rows"]]
+        panels[0].plot(lengths, seconds, marker=marker, label=label)
+    panels[0].set(xlabel="prompt tokens", ylabel="seconds to the first token", ylim=(0, None))
+    panels[0].legend(frameon=False)
+    panels[1].plot(lengths, [row["ratio"] for row in result["rows"]], marker="o")
+    share = result["num_key_value_layers"] / result["num_hidden_layers"]
+    panels[1].axhline(share, color="#000000", linewidth=0.8, linestyle="--", label="share of layers run")
+    panels[1].set(xlabel="prompt tokens", ylabel="SwiftKV over base", ylim=(0, 1.05))
+    panels[1].legend(frameon=False)
+    for axes in panels:
+        _doubling(axes, lengths)
+    return figure
+
+
 def draw_stream(result: dict[str, Any], pyplot: Any) -> Any:
-    """Milliseconds of a token over the length of the stream, a panel a window; then the long run."""
+    """Milliseconds and memory of a token over the length of the stream, a column a window; then the long run."""
     windows = sorted({row["window"] for row in result["rows"]})
-    figure, panels = _panels(pyplot, len(windows) + (2 if result["long"] else 0))
-    for axes, window in zip(panels, windows, strict=False):
+    columns = len(windows) + (1 if result["long"] else 0)
+    figure, grid = pyplot.subplots(2, columns, figsize=(4.6 * columns, 6.4), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    for column, window in enumerate(windows):
         rows = [row for row in result["rows"] if row["window"] == window]
-        for name in dict.fromkeys(name for row in rows for name in row["contenders"]):
-            points = [(row["tokens"], row["contenders"].get(name, {}).get("seconds")) for row in rows]
-            known = [(tokens, seconds * 1e3) for tokens, seconds in points if seconds is not None]
-            if known:
-                axes.plot(*zip(*known, strict=True), marker="o", label=name, color=COLOURS.get(name))
-        axes.set(title=f"window {window:,}", xlabel="tokens so far", yscale="log")
-    panels[0].set_ylabel("ms a token")
-    panels[0].legend(frameon=False, fontsize="small")
+        for axes, figure_of, factor in ((grid[0, column], "seconds", 1e3), (grid[1, column], "peak_bytes", 2**-20)):
+            for name in dict.fromkeys(name for row in rows for name in row["contenders"]):
+                points = [(row["tokens"], row["contenders"].get(name, {}).get(figure_of)) for row in rows]
+                known = [(tokens, value * factor) for tokens, value in points if value is not None]
+                if known:
+                    axes.plot(*zip(*known, strict=True), marker="o", label=name, color=COLOURS.get(name))
+            axes.set(yscale="log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+            axes.locator_params(axis="x", nbins=4)
+        grid[0, column].set_title(f"window {window:,}")
+        grid[1, column].set_xlabel("tokens so far")
+    grid[0, 0].set_ylabel("ms a token")
+    grid[1, 0].set_ylabel("peak MiB beside the weights")
+    grid[0, 0].legend(frameon=False, fontsize="small")
     if result["long"]:
-        _draw_long(result["long"], *panels[-2:])
+        _draw_long(result["long"], *grid[:, -1])
     return figure
 
 
 def _draw_long(long: dict[str, Any], seconds: Any, memory: Any) -> None:
     tokens = [point["tokens"] for point in long["points"]]
-    for axes, title, values in (
+    for axes, label, values in (
         (seconds, "ms a token", [point["seconds_per_token"] * 1e3 for point in long["points"]]),
-        (memory, "resident MiB", [point["resident_bytes"] / 2**20 for point in long["points"]]),
+        (memory, "resident MiB of the process", [point["resident_bytes"] / 2**20 for point in long["points"]]),
     ):
         axes.plot(tokens, values, color=COLOURS["ours"])
-        axes.set(title=f"window {long['window']:,}, {long['chunk']} at a time", xlabel="tokens so far", ylabel=title)
-        axes.set_ylim(0, 1.3 * max(values))
+        axes.set(ylabel=label, ylim=(0, 1.3 * max(values)))
         axes.locator_params(axis="x", nbins=4)
+    seconds.set_title(f"window {long['window']:,}, {long['chunk']} at a time")
+    memory.set_xlabel("tokens so far")
 
 
 def draw_relay(result: dict[str, Any], pyplot: Any) -> Any:

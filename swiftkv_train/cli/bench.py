@@ -121,9 +121,10 @@ def prefill(
     as_json: Json = False,
 ) -> None:
     """Time to first token of a checkpoint over its base's, through `generate`."""
+    from swiftkv_train.bench.plots import draw_prefill
     from swiftkv_train.bench.prefill import measure
 
-    _finish(measure(checkpoint, base, lengths, repeats), output, as_json)
+    _finish(measure(checkpoint, base, lengths, repeats), output, as_json, draw_prefill)
 
 
 @app.command("loss", epilog=example("swiftkv bench loss --vocabulary 49152 --hidden-size 576 --rows 512,2048"))
