@@ -140,6 +140,13 @@ def decode_rows(decode: dict[str, Any]) -> list[str]:
     return lines
 
 
+def long_stream_rows(result: dict[str, Any]) -> list[str]:
+    long = result["long"]
+    what = f"{long['tokens']:,} tokens through one cache of {long['sinks']} + {long['window']:,}, {long['chunk']} at a time"
+    change = f"{long['seconds_slope']:+.1%}; {long['memory_growth_bytes'] / 2**20:+,.1f} MiB"
+    return [f"| {what}: change over them of a token's time; of memory | {change} | – | – | `stream_long.json` |"]
+
+
 def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
     def form(row: dict[str, Any]) -> str:
         first, layers = row["num_key_value_layers"], row["num_hidden_layers"]
@@ -169,6 +176,7 @@ def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
 INFERENCE: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stream.json": stream_rows,
     "stream_base.json": stream_rows,
+    "stream_long.json": long_stream_rows,
     "relay.json": relay_rows,
     "decode.json": decode_rows,
     "kv_memory.json": kv_memory_rows,

@@ -230,6 +230,8 @@ def _targets(rows: Sequence[Cell], attention: Mapping[int, float]) -> list[Cell]
     for window in sorted({row["window"] for row in rows} & set(TARGET_WINDOWS)):
         for name, wanted in TARGETS.items():
             cells = [row["contenders"] for row in rows if row["window"] == window]
+            if not any(name in cell for cell in cells):
+                continue
             speedups = {cell[name]["speedup"]: cell for cell in cells if "speedup" in cell.get(name, {})}
             least = min(speedups, default=None)
             reached = target(f"ours over {name}, window {window:,}", wanted, least)

@@ -54,6 +54,7 @@ def test_init(result_of):
 def test_prefill(result_of):
     rewrite(load_model("models/debug"), num_key_value_layers=3).save_pretrained("checkpoint")
     result = result_of("prefill", "checkpoint", "--base", "models/debug", "--lengths", "16,32", "--repeats", "2")
+    assert Path("results/result.png").read_bytes().startswith(b"\x89PNG")
     assert [row["prompt_tokens"] for row in result["rows"]] == [16, 32]
     for row in result["rows"]:
         assert row["ratio"] == row["student_seconds"] / row["base_seconds"]
