@@ -142,7 +142,8 @@ def decode_rows(decode: dict[str, Any]) -> list[str]:
 
 def long_stream_rows(result: dict[str, Any]) -> list[str]:
     long = result["long"]
-    what = f"{long['tokens']:,} tokens through one cache of {long['sinks']} + {long['window']:,}, {long['chunk']} at a time"
+    cache = f"one cache of {long['sinks']} + {long['window']:,}"
+    what = f"{long['tokens']:,} tokens through {cache}, {long['chunk']} at a time"
     change = f"{long['seconds_slope']:+.1%}; {long['memory_growth_bytes'] / 2**20:+,.1f} MiB"
     return [f"| {what}: change over them of a token's time; of memory | {change} | – | – | `stream_long.json` |"]
 
