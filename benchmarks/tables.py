@@ -274,12 +274,22 @@ def forms(name: str) -> str:
     return "\n".join([*lines, "", correlation, "", f"`{result['command']}`; {where(result)}."])
 
 
+def fit() -> str:
+    """How much of the variance of each tail layer's K and V the calibration's linear maps explain."""
+    rows = load("quality/fit.json")
+    lines = [f"| layer | {' | '.join(str(row['layer']) for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for name, figure in (("K", "r2_keys"), ("V", "r2_values")):
+        lines.append(f"| R² of {name} | {' | '.join(f'{row[figure]:.2f}' for row in rows)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": partial(report_of, "quickstart.json", speed=True),
     "targets": targets,
     "inference": inference,
 }
 STUDY: dict[str, Callable[[], str]] = {
+    "fit": fit,
     "variants": partial(variants, "quality/start.json"),
     "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),

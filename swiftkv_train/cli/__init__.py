@@ -233,12 +233,28 @@ def evaluate(
         list[str] | None,
         typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it."),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also a task of lm-evaluation-harness (extra `tasks`), or its YAML file; may be repeated.",
+        ),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what the rewrite cost and gained: held-out KL, agreement, perplexity, first token, K/V bytes, answers."""
     from swiftkv_train.evaluate import evaluate as run
 
-    result = run(checkpoint, base=base, report_dir=report, data=data, tokens=tokens, gates=gate)
+    result = run(
+        checkpoint,
+        base=base,
+        report_dir=report,
+        data=data,
+        tokens=tokens,
+        gates=gate,
+        tasks=tasks,
+        task_limit=task_limit,
+    )
     if as_json:
         print_json(result)
     else:

@@ -16,8 +16,17 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.evaluate.quality import first_difference, source_quality
 from swiftkv_train.evaluate.report import check_report, write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
+from swiftkv_train.evaluate.tasks import compare_on_tasks, load_tasks
 from swiftkv_train.export.card import replace_figures
-from swiftkv_train.loading import Model, Tokenizer, load_for_inference, load_tokenizer, pad_token_id
+from swiftkv_train.loading import (
+    Model,
+    Tokenizer,
+    compute_device,
+    load_for_inference,
+    load_model,
+    load_tokenizer,
+    pad_token_id,
+)
 from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import check_finite_quality, summarise
@@ -43,6 +52,8 @@ def evaluate(
     prompt_lengths: tuple[int, ...] = (512, 2048),
     new_tokens: int = 64,
     gates: list[str] | None = None,
+    tasks: list[str] | None = None,
+    task_limit: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Compare `checkpoint` with `base` and write report.json, report.md and plots to `report_dir`.
@@ -52,14 +63,17 @@ def evaluate(
             checkpoint carries, and the figures also go into the checkpoint's README.md.
         tokens: held-out tokens per source.
         gates: `FIGURE=LIMIT`; see GATES.
+        tasks: of lm-evaluation-harness, or files of such; `task_limit`: only their first questions.
 
     Raises:
-        UserError: no such model, another base, no held-out data, a malformed gate, a report that cannot be written.
+        UserError: no such model, another base, no held-out data, a malformed gate, a report that cannot be written, an
+            unknown task.
         RunError: predictions that are no numbers, or a gate is exceeded (the report is written all the same).
     """
     limits = [_parse_gate(gate) for gate in gates or []]
     directory = Path(report_dir)
     check_report(directory)
+    asked = load_tasks(tasks) if tasks else None
     report = Reporter(enabled=not quiet)
     student_model = load_for_inference(checkpoint, families=("llama_swiftkv",))
     base_model = load_for_inference(base, families=("llama",), dtype=str(student_model.dtype).removeprefix("torch."))
@@ -103,6 +117,14 @@ def evaluate(
         prompt = batches[0].input_ids[0]
     with report.bar("first token", total=6 * len(prompt_lengths), unit="turns") as advance:
         first_token = time_to_first_token(student_model, base_model, prompt, list(prompt_lengths), advance=advance)
+    of_tasks = None
+    if asked:
+        dtype = str(student_model.dtype).removeprefix("torch.")
+        ways = {  # loaded anew: the harness ties weights, which packed layers do not allow
+            "base": lambda: load_model(base, dtype=dtype, families=("llama",)).to(compute_device()),
+            "student": lambda: load_model(checkpoint, families=("llama_swiftkv",)).to(compute_device()),
+        }
+        of_tasks = compare_on_tasks(asked, ways, tokenizer, task_limit)
     result = {
         "checkpoint": checkpoint,
         "base": base,
@@ -115,6 +137,7 @@ def evaluate(
             "base": cache_bytes_per_token(base_model),
             "student": cache_bytes_per_token(student_model),
         },
+        "tasks": of_tasks,
         "generations": side_by_side(student_model, base_model, tokenizer, new_tokens, report),
     }
     try:

@@ -65,6 +65,32 @@ def speed_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def task_table(tasks: dict[str, Any]) -> str:
+    lines = [
+        "| task | metric | questions | chance | base | SwiftKV | difference | log-probability of the right answer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in tasks["rows"]:
+        likelihood = "–"
+        if row["log_probability_difference"] is not None:
+            likelihood = f"{row['log_probability_difference']:+.3f} ± {row['log_probability_standard_error']:.3f}"
+        lines.append(
+            f"| {row['task']} | {row['metric']} | {row['questions']:,} | {row['chance']:.1%} | {row['base']:.1%} "
+            f"| {row['student']:.1%} | {_difference(row)} | {likelihood} |"
+        )
+    average = tasks["average"]
+    if average:
+        lines.append(
+            f"| **average of {average['tasks']} on which the base is above chance** | | | | {average['base']:.1%} "
+            f"| {average['student']:.1%} | {_difference(average)} | |"
+        )
+    return "\n".join(lines)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    return f"{100 * row['difference']:+.1f} ± {100 * row['standard_error']:.1f} points"
+
+
 def to_markdown(report: dict[str, Any]) -> str:
     environment = report["environment"]
     parts = [
@@ -78,8 +104,13 @@ def to_markdown(report: dict[str, Any]) -> str:
         "## Speed and memory\n\nThrough `generate`, the models taking turns; medians.",
         speed_table(report),
         "![Time to first token](first_token.png)",
-        "## Side by side\n\nGreedy answers to the same prompts.",
     ]
+    if report.get("tasks"):
+        parts += [
+            "## Tasks\n\nThrough lm-evaluation-harness; differences question by question, ± their standard error.",
+            task_table(report["tasks"]),
+        ]
+    parts.append("## Side by side\n\nGreedy answers to the same prompts.")
     for row in report["generations"]:
         parts.append(f"**{row['prompt']}**\n\n- base: {_quote(row['base'])}\n- SwiftKV: {_quote(row['student'])}")
     return "\n\n".join(parts) + "\n"

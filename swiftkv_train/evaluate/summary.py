@@ -8,6 +8,27 @@ from rich.console import Console
 from rich.table import Table
 
 
+def _tasks_table(tasks: dict[str, Any]) -> Table:
+    table = Table(title="tasks, differences in points", title_justify="left")
+    for column in ("task", "questions", "chance", "base", "SwiftKV", "difference", "± standard error"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    average = tasks["average"]
+    rows = [(row["task"], f"{row['questions']:,}", f"{row['chance']:.1%}", row) for row in tasks["rows"]]
+    if average:
+        rows.append((f"average of {average['tasks']} above chance", "", "", average))
+    for name, questions, chance, row in rows:
+        table.add_row(
+            name,
+            questions,
+            chance,
+            f"{row['base']:.1%}",
+            f"{row['student']:.1%}",
+            f"{100 * row['difference']:+.1f}",
+            f"{100 * row['standard_error']:.1f}",
+        )
+    return table
+
+
 def print_summary(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     quality = Table(title="held-out quality", title_justify="left")
@@ -41,6 +62,8 @@ def print_summary(result: dict[str, Any]) -> None:
     ratio = cache["student"] / cache["base"]
     speed.add_row("K/V bytes per token", f"{cache['base']:,.0f}", f"{cache['student']:,.0f}", f"{ratio:.2f}")
     console.print(speed)
+    if result["tasks"]:
+        console.print(_tasks_table(result["tasks"]))
     for row in result["generations"]:
         console.print(f"\n{row['prompt']}", markup=False, style="bold")
         console.print(f"  base     {' '.join(row['base'].split())}", markup=False)

