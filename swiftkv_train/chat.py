@@ -18,9 +18,7 @@ from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config
 from swiftkv_train.loading import Model, Tokenizer, load_config, load_for_inference, load_tokenizer, one_line
-from swiftkv_train.serve.kept_caches import KeptCaches, generate
-
-SINKS = 4
+from swiftkv_train.serve.kept_caches import SINKS, KeptCaches, KeptStreams, generate
 
 
 def chat(
@@ -101,7 +99,7 @@ class _Conversation:
         if window is None:
             self._caches = KeptCaches(model.config, model.config.max_position_embeddings, max_entries=1)
         else:
-            self._caches = _KeptWindow(self._window_cache(window))
+            self._caches = KeptStreams(self._window_cache(window), max_entries=1)
 
     def answer(self, message: str, whole: bool = False) -> None:
         """Write the answer to `message` to standard output; it is shorter where the context ends, unless `whole`.
@@ -184,24 +182,6 @@ class _Conversation:
             return SinkWindowCache(model.config, window=window, attention_sinks=SINKS, **pinned)
 
         return new
-
-
-class _KeptWindow:
-    """As `KeptCaches` for one cache that cannot be cut: a prompt goes on from all of it, or gets a new one."""
-
-    def __init__(self, new: Callable[[Sequence[int]], SinkWindowCache]):
-        self._new = new
-        self._cache: Any = None
-        self._known: list[int] = []
-
-    def take(self, token_ids: Sequence[int]) -> SinkWindowCache:
-        known = self._known
-        if self._cache is None or not len(known) < len(token_ids) or list(token_ids[: len(known)]) != known:
-            self._cache = self._new(token_ids)
-        return self._cache
-
-    def keep(self, token_ids: Sequence[int], cache: SinkWindowCache) -> None:
-        self._cache, self._known = cache, list(token_ids[: cache.get_seq_length()])
 
 
 class _StopWhen(StoppingCriteria):

@@ -285,6 +285,14 @@ def serve(
     max_output_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of an answer; default: 4096.")
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep the first 4 and so many last tokens of a conversation, which then may go on without end in "
+            "fixed memory; what leaves the window is forgotten.",
+        ),
+    ] = None,
     reuse: Annotated[
         bool, typer.Option(help="Keep the K/V of prompts and answers for later requests that begin alike.")
     ] = True,
@@ -309,6 +317,7 @@ def serve(
         context_length=context_length,
         max_output_tokens=max_output_tokens,
         reuse=reuse,
+        window=window,
         cors_origins=cors_origin or (),
         quiet=quiet,
     )

@@ -59,7 +59,7 @@ class EngineStats:
 @dataclass(frozen=True)
 class ModelInfo:
     name: str
-    context_length: int
+    context_length: int | None  # None: no end
     vocab_size: int
     default_temperature: float = 1.0
     default_top_p: float = 1.0

@@ -7,12 +7,14 @@ import secrets
 import threading
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from swiftkv_models import SinkWindowCache, use_exact_positions
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids
@@ -28,7 +30,7 @@ from swiftkv_train.serve.contract import (
     TokenEvent,
     TokenStream,
 )
-from swiftkv_train.serve.kept_caches import KeptCaches, generate
+from swiftkv_train.serve.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptStreams, generate
 from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 
 logger = logging.getLogger(__name__)
@@ -145,8 +147,10 @@ class GenerateEngine:
 
     At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
     the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With `reuse` the K/V of
-    up to that many tokens are kept for later requests that begin alike. A cancelled request stops at its next token,
-    or before the next piece of its prompt.
+    up to that many tokens are kept for later requests that begin alike. With a `window` every request has a cache of
+    the first SINKS tokens and the last `window` ones: there is no context length then but the one that is given, and
+    with `reuse` a few such caches are kept for prompts that go on from all of one. A cancelled request stops at its
+    next token, or before the next piece of its prompt.
     """
 
     def __init__(
@@ -158,19 +162,32 @@ class GenerateEngine:
         max_queue: int = 64,
         context_length: int | None = None,
         reuse: bool = True,
+        window: int | None = None,
     ):
         if max_queue < 0:
             raise UserError(f"max_queue is {max_queue}; it must be 0 or more")
+        own = _own_context_length(model)
+        if window is None and not 1 <= (own if context_length is None else context_length) <= own:
+            raise UserError(f"context_length is {context_length}; this model allows 1 to {own}")
+        if window is not None and not 1 <= window <= own:
+            raise UserError(f"window is {window}; this model allows 1 to {own}")
         self._model = model
         self._defaults = model.generation_config
         self._info = ModelInfo(
             name=name,
-            context_length=_context_length(model, context_length),
+            context_length=own if window is None and context_length is None else context_length,
             vocab_size=int(model.get_input_embeddings().num_embeddings),
             default_temperature=default_temperature(self._defaults),
             default_top_p=1.0 if self._defaults.top_p is None else float(self._defaults.top_p),
         )
-        self._kept = KeptCaches(model.config, self._info.context_length if reuse else 0)
+        self._kept: KeptCaches | KeptStreams
+        if window is None:
+            self._kept = KeptCaches(model.config, (context_length or own) if reuse else 0)
+        else:
+            if model.config.model_type == "llama":
+                use_exact_positions(model)  # which SwiftKV models have of themselves
+            new = partial(SinkWindowCache, model.config, window=window, attention_sinks=SINKS)
+            self._kept = KeptStreams(lambda token_ids: new(), MAX_ENTRIES if reuse else 0)
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)
@@ -307,11 +324,9 @@ class GenerateEngine:
         self._kept.keep(tokens, cache)
 
 
-def _context_length(model: Any, asked: int | None) -> int:
-    """The model's own, or what was `asked` for. Raises UserError for more than that, or if the model states none."""
+def _own_context_length(model: Any) -> int:
+    """Raises UserError if the model states none."""
     own = getattr(model.config, "max_position_embeddings", None)
     if not own:
         raise UserError("the model's config.json has no max_position_embeddings, so its context length is unknown")
-    if asked is not None and not 1 <= asked <= own:
-        raise UserError(f"context_length is {asked}; this model allows 1 to {own}")
-    return int(own if asked is None else asked)
+    return int(own)

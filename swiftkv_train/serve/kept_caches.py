@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 MAX_ENTRIES = 8
+SINKS = 4  # first tokens that a stream keeps for ever
 PIECE = 1024  # tokens of a prompt that run at once; between them it can be stopped
 
 
@@ -60,6 +61,36 @@ class KeptCaches:
         self._entries.append((tokens, cache))
         while len(self._entries) > self._max_entries or sum(self.lengths) > self._max_tokens:
             del self._entries[0]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+class KeptStreams:
+    """As `KeptCaches`, for caches that cannot be cut, `SinkWindowCache`s: a prompt goes on from all of one, or gets
+    what `new` makes for it. Each is of fixed size, so there is no limit but their number.
+    """
+
+    def __init__(self, new: Callable[[Sequence[int]], Any], max_entries: int = MAX_ENTRIES):
+        self._new = new
+        self._max_entries = max_entries
+        self._entries: list[tuple[list[int], Any]] = []  # tokens that went in, the last used at the end
+
+    def take(self, token_ids: Sequence[int]) -> Any:
+        """The cache of as many of the prompt's first tokens as there is one of, but not of all; kept no longer."""
+        lengths = [
+            len(tokens) if _shared_length(tokens, token_ids) == len(tokens) < len(token_ids) else 0
+            for tokens, _ in self._entries
+        ]
+        longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+        if longest is None or not lengths[longest]:
+            return self._new(token_ids)
+        return self._entries.pop(longest)[1]
+
+    def keep(self, token_ids: Sequence[int], cache: Any) -> None:
+        """Keep what holds the first of `token_ids`, as many as its length says."""
+        if tokens := list(token_ids[: cache.get_seq_length()]):
+            self._entries = [*self._entries, (tokens, cache)][-self._max_entries :] if self._max_entries else []
 
     def clear(self) -> None:
         self._entries.clear()

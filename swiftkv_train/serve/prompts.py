@@ -1,5 +1,6 @@
 """From a checked request to what the engine takes: token ids, and limits that fit the model's context."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def generation_request(
 ) -> GenerationRequest:
     """What the engine shall do. Raises ApiError (400) where prompt and answer do not fit the model or the server."""
     param, asked = _asked_max_tokens(body)
-    left = info.context_length - len(token_ids)
+    left = sys.maxsize if info.context_length is None else info.context_length - len(token_ids)
     if left < (asked or 1):
         raise ApiError(
             400,

@@ -28,6 +28,7 @@ def run_server(
     max_output_tokens: int | None = None,
     context_length: int | None = None,
     reuse: bool = True,
+    window: int | None = None,
     cors_origins: Sequence[str] = (),
     dtype: str = "auto",
     threads: int | None = None,
@@ -37,7 +38,7 @@ def run_server(
     """Serve the checkpoint until SIGINT or SIGTERM, then finish running requests within `drain_timeout` seconds.
 
     `port` 0 takes a free one; None for a limit means its default. Standard error gets a line about every request,
-    unless `quiet`. For `context_length` and `reuse` see `GenerateEngine`, for `cors_origins` see `create_app`.
+    unless `quiet`. For `context_length`, `reuse` and `window` see `GenerateEngine`, for `cors_origins` `create_app`.
 
     Raises:
         UserError: a missing `serve` extra, a directory that is no checkpoint, limits that make no sense, an address
@@ -78,7 +79,13 @@ def run_server(
             flush=True,
         )
         engine = GenerateEngine(
-            model, tokenizer, name=name, max_queue=max_queue, context_length=context_length, reuse=reuse
+            model,
+            tokenizer,
+            name=name,
+            max_queue=max_queue,
+            context_length=context_length,
+            reuse=reuse,
+            window=window,
         )
         try:
             app = create_app(

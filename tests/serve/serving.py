@@ -114,11 +114,13 @@ def running(
     *,
     max_queue: int = 8,
     context_length: int | None = None,
+    window: int | None = None,
     drain_timeout: float = 5.0,
     say: Callable[[str], None] | None = None,
     **app: Any,
 ) -> Iterator[Running]:
-    engine = GenerateEngine(model, tokenizer, name=MODEL_NAME, max_queue=max_queue, context_length=context_length)
+    limits = {"max_queue": max_queue, "context_length": context_length, "window": window}
+    engine = GenerateEngine(model, tokenizer, name=MODEL_NAME, **limits)  # type: ignore[arg-type]
     server = DrainingServer(create_app(engine, **app), engine, drain_timeout=drain_timeout, say=say)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -11,6 +11,7 @@ from serving import WAIT_S, config, running
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swiftkv_models
+from swiftkv_train.errors import UserError
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent, kept_caches
 from swiftkv_train.serve.kept_caches import KeptCaches, generate
 
@@ -174,6 +175,65 @@ def test_usage_and_metrics_tell(model: Any, tokenizer: PreTrainedTokenizerFast) 
         )
         assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 39
         assert "swiftkv_cached_tokens_total 78" in httpx.get(f"{it.url}/metrics").text.splitlines()
+
+
+# Streams
+
+
+def streamed(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The answer of a model with a window of its own, its tokens fed one by one."""
+    cache = swiftkv_models.SinkWindowCache(model.config, window=16, attention_sinks=4)
+    ids = list(prompt)
+    with torch.no_grad():
+        for token in prompt[:-1]:
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        while len(ids) < len(prompt) + count:
+            last = torch.tensor([ids[-1:]])
+            ids.append(int(model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_window_lets_conversations_go_on_without_end(
+    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.config, "max_position_embeddings", 64)
+    engine = GenerateEngine(model, tokenizer, window=16)
+    assert engine.info.context_length is None
+    prompts = [list(FIRST), [5, *FIRST]]
+    for turn in range(3):
+        for prompt in prompts:  # in turn; each goes on from its own
+            run.clear()
+            events = answer(engine, prompt)
+            assert run[0] == (len(prompt) if turn == 0 else 9)
+            said = [event.token_id for event in events]
+            run.clear()
+            assert said == streamed(model, prompt, len(said))
+            prompt += [*said, *range(60, 68)]
+    assert len(prompts[0]) > 64
+    run.clear()
+    answer(engine, FIRST)  # which others went on from, and cannot be gone back to
+    assert run[0] == 40
+    engine.close()
+    engine = GenerateEngine(model, tokenizer, window=16, context_length=45, reuse=False)
+    assert engine.info.context_length == 45
+    for _ in range(2):
+        run.clear()
+        answer(engine, FIRST)
+        assert run[0] == 40
+    engine.close()
+
+
+@pytest.mark.parametrize("window", [0, 4097])
+def test_a_window_that_cannot_be(model: Any, tokenizer: PreTrainedTokenizerFast, window: int) -> None:
+    with pytest.raises(UserError, match=f"window is {window}; this model allows 1 to 4096"):
+        GenerateEngine(model, tokenizer, window=window)
+
+
+def test_a_stream_has_no_context_length(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with running(model, tokenizer, window=16) as it:
+        assert httpx.get(f"{it.url}/v1/models").json()["data"][0]["max_model_len"] is None
+        body = {"prompt": FIRST * 110, "max_tokens": 2, "temperature": 0}
+        assert it.post(body, "/v1/completions").json()["usage"]["prompt_tokens"] == 4400  # of a model of 4,096
 
 
 # The store alone

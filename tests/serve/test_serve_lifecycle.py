@@ -290,6 +290,10 @@ def test_options_reach_the_engine_and_the_routes(
     limits = {"context_length": 50, "max_output_tokens": 7, "cors_origins": ["http://a"]}
     run_server(checkpoint, port=0, reuse=False, quiet=quiet, **limits)  # type: ignore[arg-type]
     assert given.items() >= {**limits, "kept": 0}.items()
+    with monkeypatch.context() as patched:
+        patched.setattr(app, "create_app", lambda engine, **_: given.update(streams=type(engine._kept).__name__))
+        run_server(checkpoint, port=0, window=8, quiet=True)
+    assert given["streams"] == "KeptStreams"
     if quiet:
         assert given["log"] is None
     else:

@@ -42,13 +42,14 @@ def test_a_shorter_context(random_model: LlamaForCausalLM, tokenizer: PreTrained
 def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(swiftkv_train.serve, "run_server", lambda directory, **options: given.update(options))
-    command = "serve m --context-length 50 --max-output-tokens 7 --no-reuse --quiet"
+    command = "serve m --context-length 50 --max-output-tokens 7 --window 9 --no-reuse --quiet"
     origins = ["http://a:1", "https://b"]
     monkeypatch.setattr(sys, "argv", ["swiftkv", *command.split(), *(f"--cors-origin={origin}" for origin in origins)])
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    options = {"context_length": 50, "max_output_tokens": 7, "reuse": False, "quiet": True, "cors_origins": origins}
+    options = {"context_length": 50, "max_output_tokens": 7, "window": 9, "reuse": False, "quiet": True}
+    options["cors_origins"] = origins
     assert given.items() >= options.items()
 
 
