@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from swiftkv_train.export.card import replace_figures
 from swiftkv_train.loading import (
     Model,
     Tokenizer,
-    compute_device,
     load_for_inference,
     load_model,
     load_tokenizer,
@@ -119,10 +119,9 @@ def evaluate(
         first_token = time_to_first_token(student_model, base_model, prompt, list(prompt_lengths), advance=advance)
     of_tasks = None
     if asked:
-        dtype = str(student_model.dtype).removeprefix("torch.")
-        ways = {  # loaded anew: the harness ties weights, which packed layers do not allow
-            "base": lambda: load_model(base, dtype=dtype, families=("llama",)).to(compute_device()),
-            "student": lambda: load_model(checkpoint, families=("llama_swiftkv",)).to(compute_device()),
+        ways = {
+            "base": partial(_not_packed, base_model, base),
+            "student": partial(_not_packed, student_model, checkpoint),
         }
         of_tasks = compare_on_tasks(asked, ways, tokenizer, task_limit)
     result = {
@@ -150,6 +149,13 @@ def evaluate(
     for figure, limit in limits:
         _check_gate(result, figure, limit)
     return result
+
+
+def _not_packed(model: Model, path: str) -> Model:
+    """For the harness, which ties weights; packed layers, as on a CPU, do not allow that."""
+    if model.device.type != "cpu":
+        return model
+    return load_model(path, dtype=str(model.dtype).removeprefix("torch."), families=(model.config.model_type,))
 
 
 def side_by_side(
