@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def _task_file(path: Path) -> dict[str, Any]:
 
 
 def compare_on_tasks(
-    tasks: Tasks, models: dict[str, Callable[[], Model]], tokenizer: Tokenizer, limit: int | None
+    tasks: Tasks, models: Mapping[str, Callable[[], Model]], tokenizer: Tokenizer, limit: int | None
 ) -> dict[str, Any]:
     """`models`: how to load the "base" and the "student", one at a time. `limit`: questions of each task.
 

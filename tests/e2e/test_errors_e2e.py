@@ -343,6 +343,8 @@ def test_a_base_that_is_not_the_checkpoints(project, workplace, command):
         (["--data", "a=x", "--data", "a=y"], "--data names 'a' twice"),
         (["--report", "recipe.yaml"], "--report recipe.yaml/report.json cannot be written: Not a directory"),
         (["--tokens", "0"], "Invalid value for '--tokens'"),
+        (["--tasks", "absent.yaml"], "--tasks absent.yaml cannot be read: No such file"),
+        (["--tasks", "recipe.yaml"], "--tasks recipe.yaml must be a task of lm-evaluation-harness"),
     ],
 )
 def test_evaluations_that_cannot_be(project, command, options, says):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swiftkv_models  # noqa: F401  (registers its model types)
 from debug_recipe import metrics, write_recipe
+from swiftkv_train.fetch.demo_tasks import write_task
 from swiftkv_train.run_directory import RunDirectory
 
 
@@ -111,11 +112,14 @@ def test_evaluate_reports_and_its_gate_decides_the_status(project, tmp_path, mon
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("swiftkv_train.evaluate.replace_figures", read_only)
-    failed = run_here(*arguments, tmp_path / "two", "--gate", "kl=0.00001", cwd=project.root)
+    write_task(tmp_path, "sums", [{"text": "2 + 2 =", "choices": ["4", "5"], "answer": 0}] * 3)
+    tasks = ["--tasks", tmp_path / "sums.yaml", "--task-limit", "2"]
+    failed = run_here(*arguments, tmp_path / "two", "--gate", "kl=0.00001", *tasks, cwd=project.root)
     assert f"warning     the figures in {project.checkpoint / 'README.md'} are not renewed: Read-only" in failed.err
     assert failed.status == 1
     assert failed.err.splitlines()[-1].startswith("error: gate: kl is ")
-    assert (tmp_path / "two/report.json").is_file()
+    assert json.loads((tmp_path / "two/report.json").read_text())["tasks"]["rows"][0]["questions"] == 2
+    assert "| demo_sums | acc_norm | 2 | 50.0% |" in (tmp_path / "two/report.md").read_text()
 
 
 def test_chat_answers_one_prompt(project):
