@@ -293,6 +293,7 @@ STUDY: dict[str, Callable[[], str]] = {
     "variants": partial(variants, "quality/start.json"),
     "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),
+    "tried": partial(variants, "quality/tried.json"),
     "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),

@@ -221,7 +221,7 @@ class DataSection(Section):
 
 class LossSection(Section):
     temperature: float = Field(
-        2.0, gt=0, description="Temperature of the KL divergence (the loss is scaled by its square)."
+        1.0, gt=0, description="Temperature of the KL divergence (the loss is scaled by its square)."
     )
     hidden_mse: float = Field(0.0, ge=0, description="Weight of the MSE between the states that enter the last layer.")
 
