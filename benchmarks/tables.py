@@ -110,15 +110,19 @@ def compared(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return milliseconds(first), names, times, "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
 
 
-def stream_rows(stream: dict[str, Any]) -> list[str]:
+def stream_rows(file: str, stream: dict[str, Any]) -> list[str]:
     """Of every window the longest stream, at which all were measured."""
-    model, file = ("base model", "stream_base.json") if stream["model_type"] == "llama" else ("SwiftKV", "stream.json")
+    model = "base model" if stream["model_type"] == "llama" else "SwiftKV"
     longest = {row["window"]: row for row in stream["rows"]}
     lines = []
     for window, row in longest.items():
-        what = f"a token of a stream, {model}, window {row['sinks']} + {window:,}, {row['tokens']:,} tokens on"
-        lines += against(row, what, file)
+        what = f"{processor(stream)}: a token of a stream, {model}, window {row['sinks']} + {window:,}"
+        lines += against(row, f"{what}, {row['tokens']:,} tokens on", file)
     return lines
+
+
+def processor(result: dict[str, Any]) -> str:
+    return result["environment"]["device"].replace("(R)", "").replace(" Processor", "")
 
 
 def relay_rows(relay: dict[str, Any]) -> list[str]:
@@ -131,12 +135,15 @@ def relay_rows(relay: dict[str, Any]) -> list[str]:
     return lines
 
 
-def decode_rows(decode: dict[str, Any]) -> list[str]:
+def decode_rows(file: str, decode: dict[str, Any]) -> list[str]:
+    """The corners."""
     lines = []
+    batches, contexts = ([row[key] for row in decode["rows"]] for key in ("batch", "context"))
     for row in decode["rows"]:
-        base, names, ours, ratios = compared(row)
-        what = f"a generated token, batch {row['batch']}, context {row['context']:,}: {names}, against base"
-        lines.append(f"| {what} | {ours} | {base} | {ratios} | `decode.json` |")
+        if row["batch"] in (min(batches), max(batches)) and row["context"] in (min(contexts), max(contexts)):
+            base, names, ours, ratios = compared(row)
+            what = f"{processor(decode)}: a generated token, batch {row['batch']}, context {row['context']:,}"
+            lines.append(f"| {what}: {names}, against base | {ours} | {base} | {ratios} | `{file}` |")
     return lines
 
 
@@ -175,11 +182,13 @@ def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
 
 
 INFERENCE: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "stream.json": stream_rows,
-    "stream_base.json": stream_rows,
+    **{
+        file: partial(stream_rows, file)
+        for file in ("stream.json", "stream_amd.json", "stream_base.json", "stream_base_amd.json")
+    },
     "stream_long.json": long_stream_rows,
     "relay.json": relay_rows,
-    "decode.json": decode_rows,
+    **{file: partial(decode_rows, file) for file in ("decode.json", "decode_amd.json")},
     "kv_memory.json": kv_memory_rows,
 }
 
