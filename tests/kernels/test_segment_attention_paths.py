@@ -119,6 +119,26 @@ def test_one_prefix_that_all_rows_see(monkeypatch, dtype, shape, operator):
         assert_close(Case(blind.tensors, other.options)(segment_attention), expected, case, "cpu")
 
 
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4])
+@pytest.mark.parametrize("feature", ["amx_tile", None])
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+def test_query_heads_together_or_one_by_one(monkeypatch, dtype, feature, ratio):
+    """With a padding mask too, as transformers' caches ask."""
+    monkeypatch.setattr(torch_path, "_supported", lambda asked: asked == feature)
+    case = make(3, 1, 40, ratio=ratio, prefixes=0, dtype=dtype)
+    (query, key, value, held, asked), _ = case
+    asked.fill_(40)
+    for visible in (None, torch.arange(40) >= torch.tensor([0, 7, 33])[:, None]):
+        held.copy_(torch.arange(40) if visible is None else torch.where(visible, torch.arange(40), -1))
+        expected = case.change(window=41, pinned_query=None)(naive_segment_attention)
+        mask = None if visible is None else visible[:, None, None]
+        with Watch() as watch:
+            found = torch_path.attend_all(query, key, value, None, mask)
+        assert_close(found, expected, case, "cpu")
+        one_by_one = 1 < ratio <= 3 and dtype == BF16 and feature is not None
+        assert watch.queries[0][1:3] == ((2 * ratio, 1) if one_by_one else (2, ratio))
+
+
 # Tiles of a slot of a head of a row; of all slots; of all heads; of more rows.
 @pytest.mark.parametrize("work", [1, 300, 2500, 9000])
 @pytest.mark.parametrize("options", [{}, {"pinned": 4}, {"pinned": 4, "prefixes": 0}], ids=str)
