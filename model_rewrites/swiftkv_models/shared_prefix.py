@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-WORTH_ON_CPU = 1 << 20  # bytes of K/V in a layer that are not read: at 0.75 MiB sharing is as fast, from here on faster
+# On CPU: bytes of K/V in a layer that are not read, at 0.75 MiB sharing is as fast; and tokens, for the rows' own are read
+# as before, and a second part of attention with them.
+WORTH_ON_CPU, LEAST_TOKENS_ON_CPU = 1 << 20, 128
 LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a GPU; pinned slots it does not
 
 
@@ -102,7 +104,7 @@ def sharing_pays(rows: int, tokens: int, token_bytes: int, device: torch.device)
     saved = (rows - 1) * tokens * 2 * token_bytes
     if device.type != "cpu":
         return saved > 0 or tokens >= LONG_ON_GPU
-    return saved >= WORTH_ON_CPU
+    return saved >= WORTH_ON_CPU and tokens >= LEAST_TOKENS_ON_CPU
 
 
 def stack_prefixes(prefixes: Sequence[SharedPrefix], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

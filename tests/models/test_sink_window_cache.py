@@ -289,6 +289,7 @@ def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
     assert shared_prefix.sharing_pays(2, 4096, 3 * 64 * 2, on_cpu)
     assert not shared_prefix.sharing_pays(2, 512, 3 * 64 * 2, on_cpu)
     assert not shared_prefix.sharing_pays(16, 64, 3 * 64 * 2, on_cpu)
+    assert not shared_prefix.sharing_pays(10**6, 64, 3 * 64 * 2, on_cpu)
 
 
 def test_a_stream_of_rows_that_differ_in_length_keeps_late_sinks(model):
