@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-# On CPU: bytes of K/V in a layer that are not read (at 0.75 MiB sharing is as fast), and tokens: the rows' own are read as
-# before, by a part of attention of their own.
+# On CPU: bytes of K/V in a layer that are not read (at 0.75 MiB sharing is as fast), and tokens (the rows' own are read
+# as before, by a part of attention of their own).
 WORTH_ON_CPU, LEAST_TOKENS_ON_CPU = 1 << 20, 128
 LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a GPU; pinned slots it does not
 
