@@ -292,6 +292,13 @@ def fit() -> str:
     return "\n".join(lines)
 
 
+def tasks() -> str:
+    from swiftkv_train.evaluate.report import task_table
+
+    result = load("quality/tasks.json")
+    return f"{task_table(result['tasks'])}\n\n`benchmarks/quality/tasks.json`: {where(result)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": partial(report_of, "quickstart.json", speed=True),
     "targets": targets,
@@ -299,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 STUDY: dict[str, Callable[[], str]] = {
     "fit": fit,
+    "tasks": tasks,
     "variants": partial(variants, "quality/start.json"),
     "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),
