@@ -31,10 +31,12 @@ from swiftkv_train.serve.contract import (
     TokenStream,
 )
 from swiftkv_train.serve.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptStreams, generate
+from swiftkv_train.serve.one_thread import OneThread
 from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 
 logger = logging.getLogger(__name__)
 
+THREAD = "swiftkv-generate"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -143,7 +145,8 @@ class _TokenSink(StoppingCriteria):
 
 
 class GenerateEngine:
-    """Runs admitted requests one after another through `model.generate`, in one thread of its own.
+    """Runs admitted requests one after another through `model.generate`, in one thread: `thread`, which should have
+    loaded the model, or one of its own.
 
     At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
     the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With `reuse` the K/V of
@@ -163,6 +166,7 @@ class GenerateEngine:
         context_length: int | None = None,
         reuse: bool = True,
         window: int | None = None,
+        thread: OneThread | None = None,
     ):
         if max_queue < 0:
             raise UserError(f"max_queue is {max_queue}; it must be 0 or more")
@@ -197,8 +201,8 @@ class GenerateEngine:
         self._draining = self._closed = False
         self._stats = EngineStats()
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="swiftkv-generate", daemon=True)
-        self._thread.start()
+        self._thread = OneThread(THREAD) if thread is None else thread
+        self._thread.finish_with(self._work)
 
     @property
     def info(self) -> ModelInfo:

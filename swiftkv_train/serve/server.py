@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from swiftkv_train.errors import UserError
@@ -64,7 +65,8 @@ def run_server(
         import torch
 
         from swiftkv_models import num_parameters
-        from swiftkv_train.serve.engine import GenerateEngine, load_model_and_tokenizer
+        from swiftkv_train.serve.engine import THREAD, GenerateEngine, load_model_and_tokenizer
+        from swiftkv_train.serve.one_thread import OneThread
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -72,7 +74,8 @@ def run_server(
         name = os.fsencode(name).decode("utf-8", "replace")  # what is not UTF-8 cannot be sent
         print(f"loading {model_dir} ...", flush=True)
         began = time.perf_counter()
-        model, tokenizer = load_model_and_tokenizer(model_dir, dtype)
+        thread = OneThread(THREAD)
+        model, tokenizer = thread.call(partial(load_model_and_tokenizer, model_dir, dtype))
         print(
             f"loaded {type(model).__name__}, {num_parameters(model) / 1e6:.1f} M parameters, {model.dtype} "
             f"on {model.device} in {time.perf_counter() - began:.1f} s",
@@ -86,6 +89,7 @@ def run_server(
             context_length=context_length,
             reuse=reuse,
             window=window,
+            thread=thread,
         )
         try:
             app = create_app(

@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from swiftkv_train.errors import UserError
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, run_server
 from swiftkv_train.serve.contract import EngineStoppingError, QueueFullError
+from swiftkv_train.serve.one_thread import OneThread
 from swiftkv_train.serve.server import _listening_socket
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -270,6 +271,37 @@ def test_wrong_arguments_are_found_before_loading(tmp_path: Path) -> None:
             run_server(tmp_path / "missing", **wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no such directory"):
         run_server(tmp_path / "missing", port=0)
+
+
+def test_the_thread_that_loads_the_model_runs_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swiftkv_train.serve.draining import DrainingServer
+
+    engine_module = importlib.import_module("swiftkv_train.serve.engine")
+    app = importlib.import_module("swiftkv_train.serve.app")
+    load, threads = engine_module.load_model_and_tokenizer, []
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        model, tokenizer = load(*arguments)
+        model.register_forward_pre_hook(lambda *_: threads.append(threading.current_thread()))
+        return model, tokenizer
+
+    def ask(engine: GenerateEngine, **_: Any) -> None:
+        async def read() -> None:
+            async for _ in engine.submit(GenerationRequest([5, 6, 7], 2, temperature=0)):
+                pass
+
+        asyncio.run(asyncio.wait_for(read(), WAIT_S))
+
+    monkeypatch.setattr(engine_module, "load_model_and_tokenizer", watched)
+    monkeypatch.setattr(app, "create_app", ask)
+    monkeypatch.setattr(DrainingServer, "run", lambda self, sockets: None)
+    run_server(checkpoint, port=0, quiet=True)
+    assert len(threads) >= 3
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        OneThread("t").call(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
