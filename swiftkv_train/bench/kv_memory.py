@@ -48,17 +48,19 @@ def measure(
     quality: list[dict[str, Any]] = []
     against_base: list[dict[str, Any]] = []
     texts = {source.name: _rows_of_text(source, base, model, tokens, sequence_length) for source in sources}
-    scored = {"base": base, **{path: path for path in checkpoints or []}}
+    scored = [None, *(checkpoints or [])] if sources else []  # None: the base
     total = sum(len(ids) for ids in texts.values()) * len(scored)
     with Reporter().bar("quality", total, "texts") as advance:
         unchanged = load_model(base, dtype="float32", families=("llama",)).to(device) if sources else None
-        for name, path in scored.items() if sources else ():
-            family = "llama" if name == "base" else "llama_swiftkv"
-            exact = load_model(path, dtype="float32", families=(family,)).to(device)
-            form = {"model": name, **_form(exact)}
+        for checkpoint in scored:
+            path, exact = base, unchanged
+            if checkpoint is not None:
+                path = checkpoint
+                exact = load_model(path, dtype="float32", families=("llama_swiftkv",)).to(device)
+            form = {"model": checkpoint or "base", **_form(exact)}
             for source, ids in texts.items():
                 of_format, of_all = _quality(exact, unchanged, ids.to(device), advance)
-                for found, lines in ((of_format, quality), (of_all if name != "base" else {}, against_base)):
+                for found, lines in ((of_format, quality), (of_all if checkpoint else {}, against_base)):
                     for storage, measured in found.items():
                         check_finite_quality({source: measured}, path, f"{path} with K/V in {storage}")
                         lines.append({"source": source, **form, **_row(storage, measured)})
@@ -107,7 +109,7 @@ def _memory(base: Model) -> list[dict[str, Any]]:
     return rows
 
 
-def _form(model: Model) -> dict[str, Any]:
+def _form(model: Any) -> dict[str, Any]:
     layers = model.config.num_hidden_layers
     return {
         "num_key_value_layers": getattr(model.config, "num_key_value_layers", layers),
@@ -142,7 +144,7 @@ def _rows_of_text(source: Source, base: str, model: Model, tokens: int, length: 
 
 
 def _quality(
-    model: Model, base: Any, texts: torch.Tensor, advance: Callable[[int], None]
+    model: Any, base: Any, texts: torch.Tensor, advance: Callable[[int], None]
 ) -> tuple[dict[str, Quality], dict[str, Quality]]:
     """Of every 8-bit format against the model's own K/V, and of every format against the base."""
     of_format: dict[str, list[torch.Tensor]] = {storage: [] for storage in QUANTIZATIONS}

@@ -232,12 +232,13 @@ def _targets(rows: Sequence[Cell], attention: Mapping[int, float]) -> list[Cell]
             cells = [row["contenders"] for row in rows if row["window"] == window]
             if not any(name in cell for cell in cells):
                 continue
-            speedups = {cell[name]["speedup"]: cell for cell in cells if "speedup" in cell.get(name, {})}
-            least = min(speedups, default=None)
-            reached = target(f"ours over {name}, window {window:,}", wanted, least)
-            rest = None if least is None else speedups[least][OURS]["seconds"] - attention[window]
-            bound = None if least is None or not rest or rest <= 0 else speedups[least][name]["seconds"] / rest
-            found.append({**reached, "bound": bound})
+            timed = [(cell[name], cell[OURS]) for cell in cells if "speedup" in cell.get(name, {})]
+            least = bound = None
+            if timed:
+                theirs, ours = min(timed, key=lambda pair: pair[0]["speedup"])
+                least, rest = theirs["speedup"], ours["seconds"] - attention[window]
+                bound = theirs["seconds"] / rest if rest > 0 else None
+            found.append({**target(f"ours over {name}, window {window:,}", wanted, least), "bound": bound})
     return found
 
 

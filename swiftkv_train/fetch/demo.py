@@ -122,8 +122,7 @@ def build_demo_data(to: Path, report: Callable[[str], None]) -> None:
     files = {f"{name}.{part}.jsonl": documents for name, parts in split.items() for part, documents in parts.items()}
     files |= {"wikipedia.test.jsonl": wikipedia[:WIKIPEDIA_DOCUMENTS], "shakespeare.test.jsonl": plays}
     for filename, documents in files.items():
-        lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-        (to / filename).write_text("".join(lines), encoding="utf-8")
+        demo_tasks.write_jsonl(to / filename, documents)
     counts = {filename: len(documents) for filename, documents in files.items()}
     questions = {
         "hellaswag": demo_tasks.hellaswag(texts[demo_tasks.HELLASWAG]),

@@ -60,10 +60,13 @@ def social_iqa(jsonl: str) -> list[dict[str, Any]]:
     return found
 
 
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def write_task(directory: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
     """NAME.jsonl with text, choices and answer, and NAME.yaml, which names it."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_jsonl(directory / f"{name}.jsonl", rows)
     task = {
         "task": f"demo_{name}",
         "dataset_path": "json",

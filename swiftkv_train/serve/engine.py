@@ -7,7 +7,6 @@ import secrets
 import threading
 from collections import deque
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +189,10 @@ class GenerateEngine:
         else:
             if model.config.model_type == "llama":
                 use_exact_positions(model)  # which SwiftKV models have of themselves
-            new = partial(SinkWindowCache, model.config, window=window, attention_sinks=SINKS)
-            self._kept = KeptStreams(lambda token_ids: new(), MAX_ENTRIES if reuse else 0)
+            self._kept = KeptStreams(
+                lambda token_ids: SinkWindowCache(model.config, window=window, attention_sinks=SINKS),
+                MAX_ENTRIES if reuse else 0,
+            )
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)

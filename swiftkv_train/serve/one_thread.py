@@ -18,17 +18,19 @@ class OneThread:
     """Calls what it is given, in turn, and ends after what it was given last. It does not keep the process alive."""
 
     def __init__(self, name: str):
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any], bool]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any] | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[[], Any]) -> Any:
         """What it returns, or raises."""
-        return self._give(function, last=False).result()
+        found: Future[Any] = Future()
+        self._calls.put((function, found))
+        return found.result()
 
     def finish_with(self, function: Callable[[], Any]) -> None:
-        """The last one; not waited for."""
-        self._give(function, last=True)
+        """The last one; not waited for. What it raises is reported as of any thread."""
+        self._calls.put((function, None))
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()
@@ -36,15 +38,12 @@ class OneThread:
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
 
-    def _give(self, function: Callable[[], Any], last: bool) -> Future[Any]:
-        found: Future[Any] = Future()
-        self._calls.put((function, found, last))
-        return found
-
     def _run(self) -> None:
-        last = False
-        while not last:
-            function, found, last = self._calls.get()
+        while True:
+            function, found = self._calls.get()
+            if found is None:
+                function()
+                return
             try:
                 found.set_result(function())
             except BaseException as error:
