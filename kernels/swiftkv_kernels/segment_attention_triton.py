@@ -1,12 +1,15 @@
-"""segment_attention as Triton kernels: split keys, fp32 partials, one merge. Launches depend on shapes alone.
+"""segment_attention as Triton kernels: split keys, fp32 partials, merged at once. Launches depend on shapes alone.
 
-    _own_slots    a program per row of the batch, K/V head, block of the row's T R queries, and share of its slots
-    _prefixes     a program per block of queries of a group's rows, K/V head, and share of the prefix's keys; it finds
-                  its group and rows by counting through `groups`
-    _merge        a program per query: its partials become the output. Left out where there is one partial
+    _prefixes     a program per block of queries of a group's rows, K/V head, and share of the prefix's keys: partials.
+                  It finds its group and rows by counting through `groups`
+    _own_slots    a program per row of the batch, K/V head, block of the row's T R queries, and share of its slots. The
+                  only one of a block, or the last of its programs to come to its end, merges the block's partials,
+                  the prefix's too, into the output
 
 The R query heads of a K/V head are rows of one tile. Where a tile of keys shows a block nothing, K and V are not read.
 Shapes as in segment_attention; partials [parts, B, H, T, C] and natural log-sum-exps [parts, B, H, T], prefixes' last.
+A block's programs count themselves in `ended`: a release of what each has written, an acquire for the last (the
+pattern of CUDA's threadFenceReduction sample).
 float8_e4m3fn is read as bits: Triton casts it from compute capability 8.9 on only, its interpreter loses subnormals.
 """
 
@@ -25,6 +28,7 @@ tl: Any = None  # triton.language, set by _kernels(): a kernel looks up in its m
 
 _SPLIT = 256  # keys that are worth a program of their own
 _MOST_PARTS = 32  # of a segment
+_MERGED_AT_ONCE = 4096  # numbers of partials: 32 registers of each of 128 threads
 
 
 def segment_attention_triton(
@@ -43,7 +47,7 @@ def segment_attention_triton(
     scaling: float,
 ) -> Tensor:
     """See segment_attention."""
-    own_slots, prefixes, merge = _kernels()
+    own_slots, prefixes = _kernels()
     (batch, heads, length, size), (groups, slots) = query.shape, key.shape[1:3]
     query, pinned_query = _strided_alike(query, query if pinned_query is None else pinned_query)
     query_positions = query_positions.contiguous()
@@ -55,50 +59,51 @@ def segment_attention_triton(
     grid = (batch * groups, -(-rows // block))
     own_parts = _parts(slots, grid[0] * grid[1], query.device)
     prefix_grid, prefix_block = (0, 0, 0), _power_of_two(batch * rows, most=most)
+    group_of_row, prefix_count = query_positions, 0  # a pointer that is not followed
     if prefix is not None:
+        group_of_row, prefix_count = prefix[3].contiguous(), len(prefix[0])
         # Of every group the last block may be incomplete.
-        blocks = (batch * rows + min(len(prefix[0]), batch) * (prefix_block - 1)) // prefix_block
+        blocks = (batch * rows + min(prefix_count, batch) * (prefix_block - 1)) // prefix_block
         least_blocks = -(-batch * rows // prefix_block)  # with one group, as most often
         prefix_grid = (blocks, groups, _parts(prefix[0].shape[2], least_blocks * groups, query.device))
     parts = own_parts + prefix_grid[2]
 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    partials, log_sum_exps = output, query.new_empty((parts, batch, heads, length), dtype=torch.float32)
+    partials = log_sum_exps = output  # pointers that are not followed
+    ended = query_positions
     if parts > 1:
         partials = query.new_empty((parts, *query.shape), dtype=torch.float32)
-    sizes: dict[str, Any] = {"R": heads // groups, "C": size, "BLOCK_C": _power_of_two(size)}
+        log_sum_exps = query.new_empty((parts, batch, heads, length), dtype=torch.float32)
+    if own_parts > 1:
+        ended = query.new_zeros(grid, dtype=torch.int32)
+    padded = _power_of_two(size)
+    sizes: dict[str, Any] = {"R": heads // groups, "C": size, "BLOCK_C": padded}
     sizes |= {"BLOCK_N": (64 if narrow else 32) // (1 + wide), "UPCAST": not query.is_cuda}
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        own_slots[(*grid, own_parts)](
-            *(query, pinned_query, *query.stride()[:3]),
-            *_stored(key, value, key_scale, value_scale),
-            *(key_positions, *key_positions.stride(), query_positions),
-            *(partials, log_sum_exps, scaling, window, batch, length, slots, pinned),
-            G=groups,
-            BLOCK_M=block,
-            **sizes,
-        )
         if prefix is not None:
-            prefix_key, prefix_value, lengths, group_of_row, *scales = prefix
-            group_of_row = group_of_row.contiguous()
+            prefix_key, prefix_value, lengths, _, *scales = prefix
             prefixes[prefix_grid](
                 *(pinned_query, *pinned_query.stride()[:3]),
                 *_stored(prefix_key, prefix_value, *scales),
                 *(lengths.contiguous(), group_of_row, query_positions),
-                *(partials, log_sum_exps, scaling, batch, length, len(prefix_key), prefix_key.shape[2], own_parts),
-                BLOCK_GROUPS=_power_of_two(len(prefix_key)),
+                *(partials, log_sum_exps, scaling, batch, length, prefix_count, prefix_key.shape[2], own_parts),
+                BLOCK_GROUPS=_power_of_two(prefix_count),
                 BLOCK_B=_power_of_two(batch, most=64),
                 BLOCK_M=prefix_block,
                 **sizes,
             )
-        if parts > 1:
-            merge[(batch * heads * length,)](
-                *(partials, log_sum_exps, log_sum_exps if prefix is None else group_of_row, output),
-                *(heads * length, 0 if prefix is None else len(prefix[0]), own_parts, parts),
-                BLOCK_PARTS=_power_of_two(parts),
-                C=size,
-                BLOCK_C=sizes["BLOCK_C"],
-            )
+        own_slots[(*grid, own_parts)](
+            *(query, pinned_query, *query.stride()[:3]),
+            *_stored(key, value, key_scale, value_scale),
+            *(key_positions, *key_positions.stride(), query_positions),
+            *(group_of_row, prefix_count, partials, log_sum_exps, ended, output),
+            *(scaling, window, length, slots, pinned, parts),
+            G=groups,
+            BLOCK_M=block,
+            BLOCK_PARTS=max(1, _MERGED_AT_ONCE // (block * padded)),
+            SPLIT=own_parts > 1,
+            **sizes,
+        )
     return output
 
 
@@ -125,20 +130,26 @@ def _own_slots(
     positions_b,
     positions_n,
     query_positions,
+    group_of_row,
+    prefix_count,
     partials,
     log_sum_exps,
+    ended,
+    output,
     scaling,
     window,
-    batch,
     length,
     slots,
     pinned,
+    all_parts,
     G: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     row = (tl.program_id(0) // G).to(tl.int64)
@@ -167,8 +178,27 @@ def _own_slots(
     end = tl.minimum(first + share, slots)
     q = _queries(query, where, inside, C, BLOCK_C, UPCAST)
     state = _attend(state, q, asked, keys, first, end, window, scaling, True, True, C, BLOCK_N, BLOCK_C)
-    place = ((part * batch + row) * (G * R) + head) * length + time
-    _store_partial(partials, log_sum_exps, state, place, inside, C, BLOCK_C)
+
+    place = (row * (G * R) + head) * length + time
+    queries = tl.num_programs(0).to(tl.int64) * R * length
+    own_parts = tl.num_programs(2)
+    first_part = own_parts  # what the prefix has left for this program's own state
+    if SPLIT:
+        _store_partial(partials, log_sum_exps, state, part * queries + place, inside, C, BLOCK_C)
+        tl.debug_barrier()  # all of this block of threads have stored
+        if tl.atomic_add(ended + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 1) < own_parts - 1:
+            return
+        state, first_part = _nothing_seen(BLOCK_M, BLOCK_C), 0
+    parts = own_parts
+    if all_parts > own_parts:
+        prefix = tl.load(group_of_row + row)
+        parts = tl.where((prefix >= 0) & (prefix < prefix_count), all_parts, own_parts)
+    for start in range(first_part, parts, BLOCK_PARTS):
+        state = _merge(state, partials, log_sum_exps, place, queries, start, parts, inside, C, BLOCK_C, BLOCK_PARTS)
+    _, total, mean = state
+    channel = tl.arange(0, BLOCK_C)
+    mean = (mean / tl.where(total > 0, total, 1.0)[:, None]).to(output.dtype.element_ty)
+    tl.store(output + place[:, None] * C + channel[None, :], mean, mask=inside[:, None] & (channel < C)[None, :])
 
 
 def _prefixes(
@@ -263,39 +293,6 @@ def _prefixes(
     _store_partial(partials, log_sum_exps, state, place, inside, C, BLOCK_C)
 
 
-def _merge(
-    partials,
-    log_sum_exps,
-    group_of_row,
-    output,
-    queries_of_row,
-    count,
-    own_parts,
-    all_parts,
-    BLOCK_PARTS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    query = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, BLOCK_PARTS)
-    parts = own_parts
-    if all_parts > own_parts:
-        group = tl.load(group_of_row + query // queries_of_row)
-        parts = tl.where((group >= 0) & (group < count), all_parts, own_parts)
-    written = part < parts
-    place = part.to(tl.int64) * tl.num_programs(0) + query
-    log_sum_exp = tl.load(log_sum_exps + place, mask=written, other=float("-inf"))
-    largest = tl.max(log_sum_exp, axis=0)
-    weights = tl.exp(log_sum_exp - tl.where(largest == float("-inf"), 0.0, largest))
-    channel = tl.arange(0, BLOCK_C)
-    inside = channel < C
-    means = partials + place[:, None] * C + channel[None, :]
-    means = tl.load(means, mask=written[:, None] & inside[None, :], other=0.0)
-    total = tl.sum(weights, axis=0)
-    mean = tl.sum(weights[:, None] * means, axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(output + query * C + channel, mean.to(output.dtype.element_ty), mask=inside)
-
-
 def _nothing_seen(BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Per query: the largest score, the sum of weights relative to that, the sum of V by these weights [M, C]."""
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -360,6 +357,35 @@ def _attend(
     return largest, total, mean
 
 
+def _merge(
+    state,
+    partials,
+    log_sum_exps,
+    place,
+    queries,
+    first,
+    end,
+    inside,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """`state` after the partials first .. end - 1, BLOCK_PARTS at most: each a key, its log-sum-exp the score."""
+    largest, total, mean = state
+    part = first + tl.arange(0, BLOCK_PARTS)
+    where = part.to(tl.int64)[:, None] * queries + place[None, :]
+    written = (part < end)[:, None] & inside[None, :]
+    channel = tl.arange(0, BLOCK_C)[None, None, :]
+    scores = tl.load(log_sum_exps + where, mask=written, other=float("-inf"))
+    means = tl.load(partials + where[:, :, None] * C + channel, mask=written[:, :, None] & (channel < C), other=0.0)
+    larger = tl.maximum(largest, tl.max(scores, axis=0))
+    reference = tl.where(larger == float("-inf"), 0.0, larger)
+    weights = tl.exp(scores - reference[None, :])
+    shrink = tl.exp(largest - reference)
+    mean = mean * shrink[:, None] + tl.sum(weights[:, :, None] * means, axis=0)
+    return larger, total * shrink + tl.sum(weights, axis=0), mean
+
+
 def _queries(query, where, inside, C: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr):
     """As tiles; in fp32 where the interpreter multiplies, which gets bf16 wrong."""
     channel = tl.arange(0, BLOCK_C)
@@ -388,14 +414,14 @@ def _store_partial(partials, log_sum_exps, state, place, inside, C: tl.constexpr
 
 
 @made_once
-def _kernels() -> tuple[Any, Any, Any]:
+def _kernels() -> tuple[Any, Any]:
     """The kernels above, made on first use: importing this module does not import triton."""
     triton = import_triton()
-    called = (_nothing_seen, _attend, _queries, _unpacked, _store_partial)
+    called = (_nothing_seen, _attend, _merge, _queries, _unpacked, _store_partial)
     globals().update({function.__name__: triton.jit(function) for function in called}, tl=triton.language)
     # Their number grows while a window fills: specialised to 1 or to multiples of 16, kernels would be made anew.
     changing = {"do_not_specialize": ["own_parts", "all_parts"]}
-    return triton.jit(_own_slots), triton.jit(_prefixes, **changing), triton.jit(_merge, **changing)
+    return triton.jit(_own_slots, **changing), triton.jit(_prefixes, **changing)
 
 
 def _strided_alike(query: Tensor, pinned_query: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 
 import pytest
@@ -288,6 +289,12 @@ def test_triton_kernels_in_a_child_process(run_interpreted):
     assert run_interpreted(os.path.join(os.path.dirname(__file__), "test_segment_attention.py")) > 50
 
 
+@pytest.mark.slow
+def test_triton_kernels_at_every_shape(run_interpreted, monkeypatch):
+    monkeypatch.setenv("EVERY_SHAPE", "1")
+    assert run_interpreted(os.path.join(os.path.dirname(__file__), "test_segment_attention.py")) > 200
+
+
 @pytest.mark.parametrize(
     ("queries", "stored", "size", "rows", "slots"),
     [
@@ -302,30 +309,46 @@ def test_triton_kernels_in_a_child_process(run_interpreted):
 )
 def test_kernels_compile_for_a_gpu(compile_for_gpu, queries, stored, size, rows, slots):
     """Sizes of 1 are constants there."""
-    own_slots, prefixes, merge = triton_path._kernels()
+    own_slots, prefixes = triton_path._kernels()
     pointers = {"key": stored, "value": stored, "key_scale": "fp32", "value_scale": "fp32", "output": queries}
     pointers |= {"query": queries, "pinned_query": queries, "partials": "fp32", "log_sum_exps": "fp32"}
-    pointers |= dict.fromkeys(("positions", "query_positions", "lengths", "group_of_row"), "i32")
+    pointers |= dict.fromkeys(("positions", "query_positions", "lengths", "group_of_row", "ended"), "i32")
     tile = {"R": 3, "C": size, "BLOCK_M": rows, "BLOCK_N": slots, "BLOCK_C": size, "UPCAST": False}
-    own, prefix = {"G": 3, **tile}, {"BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
+    own = {"G": 3, "SPLIT": True, "BLOCK_PARTS": max(1, triton_path._MERGED_AT_ONCE // (rows * size)), **tile}
+    prefix = {"BLOCK_GROUPS": 16, "BLOCK_B": 16, **tile}
     types = {**{name: f"*{kind}" for name, kind in pointers.items()}, "scaling": "fp32"}
-    ones = dict.fromkeys(("batch", "length", "count", "scale_n", "positions_n", "queries_of_row"), 1)
-    for kernel, constants in [
-        (own_slots, own),
-        (own_slots, {**own, **ones}),
-        (prefixes, prefix),
-        (prefixes, {**prefix, **ones}),
-        (merge, {"BLOCK_PARTS": 64, "C": size - 16, "BLOCK_C": size}),
-        (merge, {"BLOCK_PARTS": 16, "C": size, "BLOCK_C": size, **ones}),
-    ]:
-        compile_for_gpu(kernel, types, constants)
+    ones = dict.fromkeys(("batch", "length", "count", "prefix_count", "scale_n", "positions_n"), 1)
+    for constants in (prefix, {**prefix, **ones}):
+        compile_for_gpu(prefixes, types, constants)
+    for constants in (own, {**own, **ones}, {**own, "C": size - 16, "BLOCK_PARTS": 1}):
+        code = compile_for_gpu(own_slots, types, constants).asm["ptx"]
+        assert code.count("atom.") == 1
+    unsplit = compile_for_gpu(own_slots, types, {**own, "SPLIT": False})
+    assert "atom." not in unsplit.asm["ptx"]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_last_program_of_a_block_sees_what_the_others_wrote(compile_for_gpu, size):
+    """As far as the compiled code tells: stores, a barrier, a count that releases and acquires, a barrier, loads."""
+    own_slots, _ = triton_path._kernels()
+    names = ("query", "pinned_query", "key", "value", "output")
+    types = {**dict.fromkeys(names, "*bf16"), "scaling": "fp32"}
+    types |= dict.fromkeys(("key_scale", "value_scale", "partials", "log_sum_exps"), "*fp32")
+    types |= dict.fromkeys(("positions", "query_positions", "group_of_row", "ended"), "*i32")
+    constants = {"G": 3, "R": 3, "C": size, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_C": size, "UPCAST": False}
+    constants |= {"SPLIT": True, "BLOCK_PARTS": 8192 // 16 // size}
+    code = compile_for_gpu(own_slots, types, constants).asm["ptx"]
+    before, count, after = re.split(r"^(.*\batom\..*)$", code, flags=re.MULTILINE)
+    assert "atom.global.gpu.acq_rel.add.u32" in count
+    assert before.rindex("st.global") < before.rindex("bar.sync")
+    assert after.index("bar.sync") < after.index("ld.global")
+    assert ".nc." not in code  # loads that other programs' stores need not reach
 
 
 def test_a_window_that_fills_does_not_recompile():
     """The numbers of parts grow with it: they must be arguments like any, whatever their value."""
     pytest.importorskip("triton")
-    _, prefixes, merge = triton_path._kernels()
-    for kernel in (prefixes, merge):
+    for kernel in triton_path._kernels():
         of_parts = [parameter for parameter in kernel.params if parameter.name.endswith("_parts")]
         assert of_parts
         assert all(parameter.do_not_specialize and not parameter.is_constexpr for parameter in of_parts)
