@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.origin import recipe_origin
 from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
-from swiftkv_train.recipe import Recipe, Source, load_recipe
+from swiftkv_train.recipe import Recipe, load_recipe
 from swiftkv_train.run_directory import RunDirectory
 
 TEST, HELD_OUT = "test", "held_out"
@@ -34,12 +34,27 @@ def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: s
     files = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     recipes = _recipes(files, overrides, Path(runs), points, tokens, on)
+    options = f"--points {points} --tokens {tokens}" + (f" --on {on}" if on != TEST else "") + f" --runs {runs}"
+    command = " ".join(["swiftkv bench quality", *arguments, options])
+    return compared(recipes, {name: settings_of(recipe) for name, recipe in recipes.items()}, command, on)
+
+
+def compared(
+    recipes: Mapping[str, Recipe],
+    settings: Mapping[str, Mapping[str, Any]],
+    command: str,
+    on: str,
+    distillation: Callable[..., Distillation] = Distillation,
+) -> dict[str, Any]:
+    """The benchmark's result: every recipe trained, or what is left of it, as `distillation(recipe, resume=...)`.
+
+    `settings`: of each; those that differ from the first one's are shown.
+    """
     model = None
     variants = []
     for name, recipe in recipes.items():
-        variant, model = _variant(name, recipe)
+        variant, model = _variant(name, recipe, distillation)
         variants.append(variant)
-    settings = {name: _settings(recipe) for name, recipe in recipes.items()}
     reference = settings[variants[0]["name"]]
     differing = [
         key
@@ -49,11 +64,9 @@ def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: s
     for variant in variants:
         variant["settings"] = {key: settings[variant["name"]].get(key) for key in differing}
         variant["as_good_as_first"] = _as_good_as(variant, variants[0])
-    options = f"--points {points} --tokens {tokens}"
-    options += (f" --on {on}" if on != TEST else "") + f" --runs {runs}"
     return {
         "benchmark": "held-out quality against training tokens",
-        "command": " ".join(["swiftkv bench quality", *arguments, options]),
+        "command": command,
         "environment": environment(model),
         "measured_on": on,
         "variants": variants,
@@ -61,7 +74,7 @@ def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: s
     }
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """By the path of their key; groups of layers as they stand in a recipe."""
     groups = "rewrite.key_value_groups"
     single = {key: value for key, value in recipe_origin(recipe).items() if not key.startswith(groups)}
@@ -79,11 +92,7 @@ def _recipes(
         name = Path(file).stem
         if name in recipes:
             raise UserError(f"two recipes are named {name}; a variant is called by its file's name")
-        recipe = load_recipe(file, [*overrides, f"training.output_dir={runs / name}"])
-        recipe.data.held_out = _measured(recipe, file, on)
-        recipe.training.evaluate_tokens = tokens
-        recipe.training.evaluate_every = math.ceil(recipe.training.steps / points)
-        recipes[name] = recipe
+        recipes[name] = variant_of(file, overrides, runs / name, points, tokens, on)
     (first, one), *others = recipes.items()
     for name, other in others:
         for key, value in _shared(other).items():
@@ -92,11 +101,16 @@ def _recipes(
     return recipes
 
 
-def _measured(recipe: Recipe, file: str, on: str) -> list[Source]:
+def variant_of(file: str, overrides: Sequence[str], run: Path, points: int, tokens: int, on: str) -> Recipe:
+    """A recipe with its run directory, and its points of measurement for held-out figures."""
+    recipe = load_recipe(file, [*overrides, f"training.output_dir={run}"])
     sources = recipe.data.test if on == TEST else recipe.data.held_out
     if not sources:
         raise UserError(f"recipe {file} names no data.{on} to measure on")
-    return sources
+    recipe.data.held_out = sources
+    recipe.training.evaluate_tokens = tokens
+    recipe.training.evaluate_every = math.ceil(recipe.training.steps / points)
+    return recipe
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
@@ -111,10 +125,10 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _variant(name: str, recipe: Recipe) -> tuple[dict[str, Any], Any]:
+def _variant(name: str, recipe: Recipe, make: Callable[..., Distillation]) -> tuple[dict[str, Any], Any]:
     """Train it, or what is left of it. Also its model."""
     run = RunDirectory(recipe.training.output_dir)
-    distillation = Distillation(recipe, resume=run.recipe_path.exists())
+    distillation = make(recipe, resume=run.recipe_path.exists())
     distillation.report.line(f"variant     {name}")
     status = distillation.train()
     distillation.strategy.close()

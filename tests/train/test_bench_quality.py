@@ -1,6 +1,8 @@
 """`swiftkv bench quality`: what it reports is what each variant's own run logged, and it goes on where it was."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def test_every_point_is_of_the_variants_own_run(result_of, variants):
 
 def test_groups_of_layers_are_one_setting(variants):
     Path("grouped.yaml").write_text("extends: calibrated.yaml\nrewrite: {key_value_groups: [[3], [4, 5]]}\n")
-    plain, grouped = (quality._settings(load_recipe(name)) for name in ("calibrated.yaml", "grouped.yaml"))
+    plain, grouped = (quality.settings_of(load_recipe(name)) for name in ("calibrated.yaml", "grouped.yaml"))
     assert {key: grouped[key] for key in grouped if grouped[key] != plain[key]} == {
         "rewrite.key_value_groups": [[3], [4, 5]]
     }
@@ -101,3 +103,21 @@ def test_the_studys_recipes_can_be_compared(file):
         reference.training.steps,
         reference.training.batch_size,
     )
+
+
+@pytest.mark.slow
+def test_ideas_are_what_they_say(variants):
+    """Each trains, differs from the recipe as it is, and is told apart; by the command that the study's text gives."""
+    output = Path("ideas.json")
+    command = [sys.executable, str(ROOT / "benchmarks/quality/ideas.py"), "calibrated.yaml", "training.steps=8"]
+    command += ["--tokens", "256", "--runs", "ideas", "--output", str(output)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    first, *others = json.loads(output.read_text())["variants"]
+    assert first["name"] == "as_it_is"
+    for variant in others:
+        assert variant["settings"]["idea"] != "none"
+        assert variant["points"][-1]["sources"] != first["points"][-1]["sources"], variant["name"]
+    wrong = subprocess.run([*command, "no_such_idea"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "there is no idea no_such_idea" in wrong.stderr
