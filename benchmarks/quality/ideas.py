@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from swiftkv_train.calibrate import ProjectionRecorder, ridge_solution
 from swiftkv_train.data import Batch
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import RunError, UserError
-from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe import Recipe, load_recipe
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Idea:
     what: str
     change: Callable[[Distillation], None] = lambda run: None  # of a run that is ready for its first step
     overrides: Sequence[str] = ()
+    of_groups: Callable[..., Any] | None = None  # how their K/V are made of their members', with shared K/V only
 
 
 class Trial(Distillation):
@@ -47,7 +50,9 @@ class Trial(Distillation):
         self.idea = IDEAS[self.run.path.name]
 
     def prepare(self) -> None:
-        super().prepare()
+        share = self.idea.of_groups
+        with patch("swiftkv_train.calibrate._share", share) if share else nullcontext():
+            super().prepare()
         if self.step == 0:
             self.idea.change(self)
 
@@ -301,6 +306,13 @@ def queries_fitted(run: Distillation) -> None:
         layer.self_attn.q_proj_swiftkv.weight.add_(change.T.to(torch.float32))
 
 
+def mean_of_members(
+    _model: Any, _moments: Any, members: list[int], solutions: dict[int, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    keys, values = zip(*(solutions[layer] for layer in members), strict=True)
+    return torch.stack(keys).mean(0), torch.stack(values).mean(0)
+
+
 IDEAS = {
     "as_it_is": Idea("none"),
     "beta_0.95": Idea("Adam's second beta 0.95", overrides=["training.betas=[0.9, 0.95]"]),
@@ -319,6 +331,7 @@ IDEAS = {
     "all_turns": Idea("loss on users' turns too", all_turns),
     "on_policy": Idea("a last fifth of what the student says", on_policy),
     "queries_fitted": Idea("queries fitted by the calibration too", queries_fitted),
+    "mean_of_members": Idea("a group's K/V are the mean of its members'", of_groups=mean_of_members),
 }
 
 
@@ -332,7 +345,11 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     file, *rest = given.arguments
     overrides = [argument for argument in rest if "=" in argument]
-    names = [argument for argument in rest if "=" not in argument] or list(IDEAS)
+    names = [argument for argument in rest if "=" not in argument]
+    if not names:
+        grouped = load_recipe(file, overrides).rewrite
+        alone = grouped.key_value_group_size == 1 and grouped.key_value_groups is None
+        names = [name for name, idea in IDEAS.items() if not (alone and idea.of_groups)]
     if unknown := next((name for name in names if name not in IDEAS), None):
         raise UserError(f"there is no idea {unknown}; there are {', '.join(IDEAS)}")
     recipes, settings = {}, {}

@@ -93,10 +93,19 @@ def plan(
         print_json(result)
     else:
         print_plan(result)
+        if layers is not None:
+            _say_plot(layers)
     if limit is not None:
         if not result["fit"]["fits"]:
             raise RunError(verdict(result))
         say(verdict(result))
+
+
+def _say_plot(layers: Path) -> None:
+    """Where the tables' plot is; calibrate draws it where matplotlib is installed."""
+    plot = layers.with_suffix(".png")
+    if plot.exists():
+        print(f"plotted in {plot}")
 
 
 @app.command(epilog=example("swiftkv prepare recipes/smollm2-135m/quickstart.yaml"))
@@ -141,6 +150,7 @@ def calibrate(
         result = predict(checked)
         write(result, layers)
         print_layers(result)
+        _say_plot(layers)
         return
     raise typer.Exit(_distil(recipe, overrides, calibrate_only=True))
 

@@ -110,6 +110,7 @@ def test_ideas_are_what_they_say(variants):
     """Each trains, differs from the recipe as it is, and is told apart; by the command that the study's text gives."""
     output = Path("ideas.json")
     command = [sys.executable, str(ROOT / "benchmarks/quality/ideas.py"), "calibrated.yaml", "training.steps=8"]
+    command += ["rewrite.key_value_group_size=2"]  # or one idea would change nothing
     command += ["--tokens", "256", "--runs", "ideas", "--output", str(output)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

@@ -255,6 +255,7 @@ def test_the_command_writes_what_plan_shows(swiftkv):
     assert {row["num_key_value_layers"] for row in result["uniform"]} == {1, 2, 3, 4, 5}
     assert "predicted loss by l" in shown
     assert "best groupings, l = 3" in shown
+    assert shown.endswith("plotted in look/layers.png\n")
     assert Path("look/layers.png").stat().st_size > 5000
     assert not Path("outputs/debug/run").exists()
     status, planned, _ = swiftkv("plan", "recipe.yaml", "--layers", "look/layers.json")
