@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,22 @@ def _variant(name: str, recipe: Recipe, make: Callable[..., Distillation]) -> tu
         "name": name,
         "calibration_tokens": recipe.calibration.tokens if calibrated else 0,
         "train_seconds": sum(row["seconds"] for row in rows if "seconds" in row),
+        "last_training_kl": _last_training_kl(recipe, rows),
         "points": [
             {"tokens": row["step"] * tokens, "sources": row["held_out"], **_grouped(row["held_out"], trained)}
             for row in rows
             if "held_out" in row
         ],
     }, distillation.strategy.model
+
+
+def _last_training_kl(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean over the last tenth of the steps, of text just before it is trained on; None at another temperature than 1.
+
+    Far below the held-out KL, it is text that has been read before.
+    """
+    logged = [row["kl"] for row in rows if "kl" in row and row["step"] > 0.9 * recipe.training.steps]
+    return statistics.mean(logged) if logged and recipe.loss.temperature == 1 else None
 
 
 def _grouped(sources: dict[str, dict[str, float]], trained: set[str]) -> dict[str, dict[str, float]]:

@@ -37,6 +37,10 @@ def test_every_point_is_of_the_variants_own_run(result_of, variants):
             assert point["sources"] == row["held_out"]
             assert point["all kinds trained on"]["kl"] == pytest.approx(row["held_out"]["prose"]["kl"])
             assert point["other kinds"]["kl"] == pytest.approx(row["held_out"]["elsewhere"]["kl"])
+        assert (
+            variant["last_training_kl"]
+            == [row["kl"] for row in metrics(Path("runs", variant["name"])) if "kl" in row][-1]
+        )
     copied, calibrated = result["variants"]
     assert copied["settings"] == {"rewrite.init": "copy"}
     assert calibrated["settings"] == {"rewrite.init": "calibrated"}
