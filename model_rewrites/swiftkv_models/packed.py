@@ -27,6 +27,19 @@ class PackedLinear(nn.Module):
         """[O, I], a copy."""
         return self.packed.dense()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # as tie_weights does, and who writes a weight by hand
+            self._pack(value.detach())
+        else:
+            super().__setattr__(name, value)
+
+    def _pack(self, weight: torch.Tensor) -> None:
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"the weight of this layer is {(self.out_features, self.in_features)}, not {tuple(weight.shape)}"
+            )
+        self.packed = PackedWeight(weight.to(self.packed.device, self.packed.dtype))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(self.packed.dtype)
@@ -48,7 +61,7 @@ class PackedLinear(nn.Module):
         elif weight.shape != shape:
             errors.append(f"size mismatch for {key}: {tuple(weight.shape)} in the checkpoint, {shape} in the model.")
         else:
-            self.packed = PackedWeight(weight.to(self.packed.device, self.packed.dtype))
+            self._pack(weight)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         moved = fn(torch.empty(0, dtype=self.packed.dtype))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from swiftkv_train.loading import (
     Model,
     Tokenizer,
     load_for_inference,
-    load_model,
     load_tokenizer,
     pad_token_id,
 )
@@ -119,11 +117,7 @@ def evaluate(
         first_token = time_to_first_token(student_model, base_model, prompt, list(prompt_lengths), advance=advance)
     of_tasks = None
     if asked:
-        ways = {
-            "base": partial(_not_packed, base_model, base),
-            "student": partial(_not_packed, student_model, checkpoint),
-        }
-        of_tasks = compare_on_tasks(asked, ways, tokenizer, task_limit)
+        of_tasks = compare_on_tasks(asked, {"base": base_model, "student": student_model}, tokenizer, task_limit)
     result = {
         "checkpoint": checkpoint,
         "base": base,
@@ -149,13 +143,6 @@ def evaluate(
     for figure, limit in limits:
         _check_gate(result, figure, limit)
     return result
-
-
-def _not_packed(model: Model, path: str) -> Model:
-    """For the harness, which ties weights; packed layers, as on a CPU, do not allow that."""
-    if model.device.type != "cpu":
-        return model
-    return load_model(path, dtype=str(model.dtype).removeprefix("torch."), families=(model.config.model_type,))
 
 
 def side_by_side(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,13 @@ def _task_file(path: Path) -> dict[str, Any]:
 
 
 def compare_on_tasks(
-    tasks: Tasks, models: Mapping[str, Callable[[], Model]], tokenizer: Tokenizer, limit: int | None
+    tasks: Tasks, models: Mapping[str, Model], tokenizer: Tokenizer, limit: int | None
 ) -> dict[str, Any]:
-    """`models`: how to load the "base" and the "student", one at a time. `limit`: questions of each task.
+    """`models`: the "base" and the "student". `limit`: questions of each task.
 
     Raises RunError where a task cannot be run, for instance because its data cannot be downloaded.
     """
-    samples = {name: _samples(load(), tokenizer, tasks, limit) for name, load in models.items()}
+    samples = {name: _samples(model, tokenizer, tasks, limit) for name, model in models.items()}
     rows = [_row(task, found, samples["student"][task]) for task, found in samples["base"].items()]
     above = [row for row in rows if row["above_chance"]]
     return {"rows": rows, "average": _average(above) if above else None}

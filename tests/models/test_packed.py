@@ -148,3 +148,19 @@ def test_weights_that_do_not_fit_are_refused(pair):
     del weights[name]
     with pytest.raises(RuntimeError, match="Missing key"):
         packed.load_state_dict(weights)
+
+
+@needs_packing
+@torch.no_grad()
+def test_weights_can_be_tied_and_written_again(pair):
+    """As `tie_weights` does, which lm-evaluation-harness calls on every model."""
+    model, packed = pair
+    ids = random_ids(2, 20)
+    packed.tie_weights()
+    torch.testing.assert_close(packed(ids).logits, model(ids).logits, **CLOSE)
+    for way in (model, packed):
+        projection = way.model.layers[0].mlp.down_proj
+        projection.weight = torch.nn.Parameter(projection.weight * 2)
+    torch.testing.assert_close(packed(ids).logits, model(ids).logits, **CLOSE)
+    with pytest.raises(ValueError, match="the weight of this layer is"):
+        packed.lm_head.weight = torch.nn.Parameter(torch.zeros(2, 2))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from swiftkv_models import rewrite
+from swiftkv_models import optimize_for_cpu, rewrite
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.evaluate.report import task_table
 from swiftkv_train.evaluate.tasks import _row, compare_on_tasks, load_tasks
@@ -72,7 +72,7 @@ def test_differences_are_paired():
 def test_a_file_of_questions_is_asked_of_both(task):
     base = load_model("models/debug", dtype="float32")
     student = rewrite(base, num_key_value_layers=3)
-    ways = {"base": lambda: base, "student": lambda: student}
+    ways = {"base": base, "student": optimize_for_cpu(student)}
     tokenizer = load_tokenizer("models/debug")
     result = compare_on_tasks(load_tasks([str(task)]), ways, tokenizer, None)
     (row,) = result["rows"]
@@ -113,7 +113,7 @@ def test_a_task_that_cannot_be_run_is_named(task):
     (task.parent / "legs.jsonl").unlink()
     base = load_model("models/debug", dtype="float32")
     with pytest.raises(RunError, match="--tasks demo_legs: "):
-        compare_on_tasks(load_tasks([str(task)]), {"base": lambda: base}, load_tokenizer("models/debug"), None)
+        compare_on_tasks(load_tasks([str(task)]), {"base": base}, load_tokenizer("models/debug"), None)
     with pytest.raises(UserError, match="--tasks names 'demo_legs' twice"):
         load_tasks([str(task), str(task)])
 
