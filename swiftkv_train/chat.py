@@ -164,8 +164,7 @@ class _Conversation:
             UserError: the template has no prefix for the system message.
         """
         model, messages = self._model, self._messages
-        if model.config.model_type == "llama":
-            use_exact_positions(model)  # which SwiftKV models have of themselves
+        use_exact_positions(model)
         prefix: Any = None
         if messages:
             # A template's errors as one line.

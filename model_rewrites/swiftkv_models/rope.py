@@ -68,11 +68,13 @@ class ExactRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def use_exact_positions(model: torch.nn.Module) -> None:
-    """Give a base Llama model an `ExactRotaryEmbedding` in place of its own. SwiftKV models need it not.
+    """Give a base Llama model an `ExactRotaryEmbedding` in place of its own. SwiftKV models stay as they are.
 
-    Streams longer than some hundred thousand tokens do. Raises ValueError where there is none to replace.
+    Streams longer than some hundred thousand tokens need it. Raises ValueError where there is none to replace.
     """
     decoder: Any = getattr(model, "model", model)
+    if hasattr(decoder, "norm_swiftkv"):
+        return  # its streams have exact angles by themselves
     present = getattr(decoder, "rotary_emb", None)
     if not isinstance(present, LlamaRotaryEmbedding) or present.rope_type in LENGTH_DEPENDENT:
         raise ValueError(f"{type(model).__name__} has no rotary embedding of fixed frequencies to replace")

@@ -169,8 +169,7 @@ def _attention(streams: dict[str, Stream], repeats: int) -> dict[str, Any]:
 
 def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dict[str, Any]:
     """Ours alone, fed chunks from the first token to the last."""
-    if model.config.model_type == "llama":
-        use_exact_positions(model)  # which SwiftKV models have of themselves
+    use_exact_positions(model)
     stream = Ours(model, window=window, attention_sinks=sinks)
     ids = torch.randint(0, model.config.vocab_size, (1, chunk), device=model.device)
     synchronize(model.device)

@@ -187,8 +187,7 @@ class GenerateEngine:
         if window is None:
             self._kept = KeptCaches(model.config, (context_length or own) if reuse else 0)
         else:
-            if model.config.model_type == "llama":
-                use_exact_positions(model)  # which SwiftKV models have of themselves
+            use_exact_positions(model)
             self._kept = KeptStreams(
                 lambda token_ids: SinkWindowCache(model.config, window=window, attention_sinks=SINKS),
                 MAX_ENTRIES if reuse else 0,

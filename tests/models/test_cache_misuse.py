@@ -179,8 +179,9 @@ def test_a_cache_outlives_optimize_for_cpu():
 def test_frequencies_outlive_a_change_of_dtype(swiftkv):
     """fp32 frequencies rounded to bf16 would be off by 0.1 rad at a thousand tokens."""
     model = swiftkv_model() if swiftkv else tiny_llama()
-    if not swiftkv:
-        use_exact_positions(model)
+    before = model.model.rotary_emb
+    use_exact_positions(model)  # which SwiftKV models have
+    assert (model.model.rotary_emb is before) == swiftkv
     embedding = model.model.rotary_emb
     expected = embedding.inv_freq.float()
     model.to(torch.bfloat16)
