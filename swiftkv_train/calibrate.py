@@ -9,7 +9,8 @@ ridge solution
 where m is the attention that a token receives from the queries of that head in the base, relative to the mean of all
 tokens: an error in what nobody looks at costs nothing, and one in an attention sink costs every token after it. One
 pass over the tokens accumulates X'MX and X'MY in fp64; nothing else is kept. With biases X gets a column of ones, which
-the ridge leaves alone. The layers of an AcrossKV group then get one K and one V of their solutions (see
+the ridge leaves alone. The layers of an AcrossKV group then get one K and one V of their solutions, for which the pass
+also sums what their attention makes of X, and a shorter one what the base's predictions feel of it (see
 `shared_projections`).
 
 `weighting` says what has an M of its own: every head of every layer ('head'), every layer ('layer': a mean over its
@@ -21,8 +22,9 @@ the same way, says how much of a layer's K/V the shared state still holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -30,7 +32,7 @@ import torch
 from swiftkv_models.rope import rotate
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.metrics import finite
-from swiftkv_train.shared_projections import compensated_queries, shared_keys, shared_values
+from swiftkv_train.shared_projections import compensated_queries, fast_frequencies, shared_keys, shared_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 Weighting: TypeAlias = Literal["head", "layer", "none"]
 # Bytes of attention scores at a time: on CPU what stays in its caches.
 CPU_SCORE_BYTES, DEVICE_SCORE_BYTES = 16 << 20, 512 << 20
+LOGIT_ROWS = 512  # tokens whose logits exist at a time
+SENSITIVITY_TOKENS = 8192  # that are enough for the small matrices M of `shared_projections`
+# Towards a layer's own V, relative to the mean diagonal of Z: averages over attention say little of what they average.
+ATTENDED_RIDGE = 1e-2
 
 
 @dataclass
@@ -59,7 +65,7 @@ class LayerFit:
 
 @dataclass
 class Moments:
-    """fp64 sums over tokens, of every tail layer."""
+    """fp64 sums over tokens, of every tail layer; the last three are empty for layers that share no K/V."""
 
     inputs: list[torch.Tensor]  # X'MX [P, D, D]
     products: list[torch.Tensor]  # X'MY [P, D, 2 G C / P]
@@ -68,10 +74,15 @@ class Moments:
     weights: list[torch.Tensor]  # of m [P]
     queries: list[torch.Tensor]  # of the squares of the base's queries [H C], not weighted
     tokens: torch.Tensor  # number of them [1]
+    attended: list[torch.Tensor]  # Z'Z of what attention makes of X [P, D, D]; not by weighting 'none'
+    attended_products: list[torch.Tensor]  # Z'Y with what it makes of the base's V [G, D, C]; by 'head' only
+    sensitivities: list[torch.Tensor]  # of g g', g the gradient of log p there [G, C, C]; 0: not known
 
     def tensors(self) -> list[torch.Tensor]:
         parts = (self.inputs, self.products, self.sums, self.squares, self.weights, self.queries, [self.tokens])
-        return [tensor for part in parts for tensor in part]
+        return [
+            tensor for part in (*parts, self.attended, self.attended_products, self.sensitivities) for tensor in part
+        ]
 
 
 class ProjectionRecorder:
@@ -106,14 +117,15 @@ def score_bytes(device_type: str) -> int:
     return CPU_SCORE_BYTES if device_type == "cpu" else DEVICE_SCORE_BYTES
 
 
-def attention_received(query: torch.Tensor, key: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """How much of their queries' causal attention each token gets [B, T, G], as a mean over the H / G query heads.
+def attention_weights(
+    query: torch.Tensor, key: torch.Tensor, documents: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of causal attention within documents: which, and their fp32 weights [B, G, H / G, rows, tokens so far].
 
     query [B, H, T, C] and key [B, G, T, C] are rotated; documents [B, T] number the documents packed in a row.
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]
-    received = torch.zeros(batch, groups, length, dtype=torch.float32, device=query.device)
     rows = max(1, score_bytes(query.device.type) // (4 * batch * heads * length))
     transposed = key.transpose(2, 3).unsqueeze(2)  # [B, G, 1, C, T]
     for start in range(0, length, rows):
@@ -122,7 +134,15 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, documents: torch.
         scores = (queries @ transposed[..., : part.stop]).float() * size**-0.5
         visible = (documents[:, part, None] == documents[:, None, : part.stop]).tril(start)
         scores.masked_fill_(~visible[:, None, None], float("-inf"))
-        received[:, :, : part.stop] += torch.softmax(scores, dim=-1).mean(2).sum(2)
+        yield part, torch.softmax(scores, dim=-1)
+
+
+def attention_received(query: torch.Tensor, key: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """How much of their queries' attention (`attention_weights`) each token gets [B, T, G], as a mean over the H / G
+    query heads."""
+    received = torch.zeros(key.shape[:3], dtype=torch.float32, device=query.device)
+    for part, weights in attention_weights(query, key, documents):
+        received[:, :, : part.stop] += weights.mean(2).sum(2)
     return received.transpose(1, 2)
 
 
@@ -146,8 +166,12 @@ def accumulate_moments(
     outputs = 2 * attention.k_proj.out_features // parts
     tail = config.num_hidden_layers - config.num_key_value_layers
 
-    def zeros(*shape: int) -> list[torch.Tensor]:
-        return [torch.zeros(*shape, dtype=torch.float64, device=device) for _ in range(tail)]
+    sharing = [len(group) > 1 for group in config.tail_groups for _ in group]
+    size = attention.head_dim
+
+    def zeros(*shape: int, of: list[bool] | None = None) -> list[torch.Tensor]:
+        wanted = of or [True] * tail
+        return [torch.zeros(*(shape if some else (0,)), dtype=torch.float64, device=device) for some in wanted]
 
     moments = Moments(
         inputs=zeros(parts, width, width),
@@ -157,18 +181,25 @@ def accumulate_moments(
         weights=zeros(parts),
         queries=zeros(attention.q_proj.out_features),
         tokens=torch.zeros(1, dtype=torch.float64, device=device),
+        attended=zeros(parts, width, width, of=[some and weighting != "none" for some in sharing]),
+        attended_products=zeros(groups, width, size, of=[some and weighting == "head" for some in sharing]),
+        sensitivities=zeros(groups, size, size, of=sharing),
     )
     with ProjectionRecorder(model) as recorder:
         for batch in batches:
             position_ids = batch.position_ids.to(device)
             trunk = model.model.run_trunk(batch.input_ids.to(device), position_ids=position_ids, use_cache=False)
             model.model.run_tail(trunk, base=True)
-            real = batch.token_mask.to(device).flatten()
-            states = model.model.norm_swiftkv(trunk.hidden_states).flatten(0, 1)[real]
+            mask = batch.token_mask.to(device)
+            real = mask.flatten()
+            inputs = model.model.norm_swiftkv(trunk.hidden_states)
             if config.attention_bias:
-                states = torch.cat([states, states.new_ones(len(states), 1)], dim=-1)
+                inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+            states = inputs.flatten(0, 1)[real]
             moments.tokens += len(states)
             for layer, found in enumerate(recorder.outputs):
+                if moments.attended[layer].numel():
+                    _add_attended(moments, layer, inputs, found, trunk, mask)
                 weights = _weights(found, trunk, weighting)[real]
                 targets = torch.stack([found[name].flatten(0, 1)[real] for name in ("k_proj", "v_proj")], dim=1)
                 _add_layer(moments, layer, states, targets, weights)
@@ -182,11 +213,16 @@ def _weights(found: dict[str, torch.Tensor], trunk: TrunkOutput, weighting: Weig
     """m [B T, P] of a layer's tokens, padding among them. The mean of a document is 1: every query gives out 1."""
     if weighting == "none":
         return torch.ones(trunk.hidden_states.shape[:2].numel(), 1, device=trunk.hidden_states.device)
+    received = attention_received(*_rotated(found, trunk)).flatten(0, 1)
+    return received if weighting == "head" else received.mean(1, keepdim=True)
+
+
+def _rotated(found: dict[str, torch.Tensor], trunk: TrunkOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer's query, key and documents, as `attention_weights` takes them."""
     cos, sin = trunk.position_embeddings
     heads = (found[name].unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for name in ("q_proj", "k_proj"))
     query, key = (rotate(states, cos, sin) for states in heads)
-    received = attention_received(query, key, (trunk.position_ids == 0).cumsum(1)).flatten(0, 1)
-    return received if weighting == "head" else received.mean(1, keepdim=True)
+    return query, key, (trunk.position_ids == 0).cumsum(1)
 
 
 def _add_layer(
@@ -206,11 +242,103 @@ def _add_layer(
         moments.weights[layer][part] += weight.sum(dtype=torch.float64)
 
 
+def _add_attended(
+    moments: Moments,
+    layer: int,
+    inputs: torch.Tensor,
+    found: dict[str, torch.Tensor],
+    trunk: TrunkOutput,
+    real: torch.Tensor,
+) -> None:
+    """One batch's share of a layer's Z'Z and Z'Y: inputs [B, T, D], real tokens [B, T]."""
+    precise = torch.float32 if inputs.dtype.itemsize == 2 else torch.float64
+    query, key, documents = _rotated(found, trunk)
+    values = found["v_proj"].unflatten(-1, (key.shape[1], -1))  # [B, T, G, C]
+    for part, weights in attention_weights(query, key, documents):
+        weights, wanted = weights.to(inputs.dtype), real[:, part]
+        for head in range(key.shape[1]):
+            rows = weights[:, head].transpose(1, 2)  # [B, t, R, s]
+            attended, outputs = (
+                torch.einsum("btrs,bsd->btrd", rows, seen[:, : part.stop])[wanted].flatten(0, 1).to(precise)
+                for seen in (inputs, values[:, :, head])
+            )
+            moments.attended[layer][head % len(moments.attended[layer])] += attended.T @ attended
+            if moments.attended_products[layer].numel():
+                moments.attended_products[layer][head] += attended.T @ outputs
+
+
+def accumulate_sensitivities(
+    moments: Moments,
+    model: LlamaSwiftKVForCausalLM,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Sum g g' of the layers that share K/V: g is the gradient of the log-likelihood of the batches' own next tokens at
+    what the base's attention puts out for a token."""
+    layers = model.model.layers[model.config.num_key_value_layers :]
+    outputs: dict[int, torch.Tensor] = {}
+    wanted = [index for index, total in enumerate(moments.sensitivities) if total.numel()]
+    handles = [
+        layers[index].self_attn.o_proj.register_forward_pre_hook(
+            lambda _module, inputs, index=index: outputs.update({index: inputs[0]})
+        )
+        for index in wanted
+    ]
+    try:
+        for batch in batches:
+            input_ids, mask = batch.input_ids.to(device), batch.loss_mask.to(device)
+            with torch.no_grad():
+                trunk = model.model.run_trunk(input_ids, position_ids=batch.position_ids.to(device), use_cache=False)
+            trunk.hidden_states.requires_grad_()
+            with torch.enable_grad():
+                states = model.model.run_tail(trunk, base=True).last_hidden_state[mask]
+            following = input_ids.roll(-1, dims=1)[mask]
+            slopes = likelihood_gradient(states, model.lm_head.weight, partial(_rows_of, following))
+            found = torch.autograd.grad(states, [outputs[index] for index in wanted], slopes)
+            real = batch.token_mask.to(device)
+            for index, gradient in zip(wanted, found, strict=True):
+                total = moments.sensitivities[index]
+                groups, size = total.shape[:2]
+                rows = gradient[real].double().unflatten(-1, (groups, -1, size))  # [N, G, R, C]
+                total += torch.einsum("ngrc,ngre->gce", rows, rows)
+            if advance is not None:
+                advance(input_ids.numel())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows_of(ids: torch.Tensor, part: torch.Tensor, _probabilities: torch.Tensor) -> torch.Tensor:
+    return ids[part]
+
+
 @torch.no_grad()
-def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> list[LayerFit]:
+def likelihood_gradient(
+    states: torch.Tensor, head: torch.Tensor, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Of the sum of log p(y) with respect to the final states [N, D], p being softmax(head states).
+
+    y [rows] is what `choose` makes of the numbers of some rows, and their p [rows, V]. Raises FloatingPointError where
+    there is no p.
+    """
+    gradients = torch.empty_like(states)
+    for part in torch.arange(len(states), device=states.device).split(LOGIT_ROWS):
+        change = torch.softmax(torch.nn.functional.linear(states[part], head).float(), dim=-1)
+        if not all_finite([change]):
+            raise FloatingPointError("the base predicts nothing")
+        chosen = choose(part, change).unsqueeze(1)
+        change.neg_().scatter_add_(1, chosen, torch.ones_like(chosen, dtype=change.dtype))
+        gradients[part] = change.to(head.dtype) @ head
+    return gradients
+
+
+@torch.no_grad()
+def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float, length: int) -> list[LayerFit]:
     """Put the ridge solutions into the `k_proj_swiftkv` and `v_proj_swiftkv` of `model`; groups also change their Q.
 
-    Returns the fit of every tail layer.
+    `length`: tokens of a sequence, across which slow frequencies of RoPE hardly turn. Returns the fit of every tail
+    layer.
     """
     config = model.config
     first, last = config.num_key_value_layers, config.num_hidden_layers
@@ -221,7 +349,8 @@ def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> lis
         fits.append(LayerFit(layer, r2_keys, r2_values))
     for members in config.tail_groups:
         leader = members[0]
-        keys, values = solutions[leader] if len(members) == 1 else _share(model, moments, members, solutions)
+        alone = len(members) == 1
+        keys, values = solutions[leader] if alone else _share(model, moments, members, solutions, length)
         attention = model.model.layers[leader].self_attn
         for projection, shared in ((attention.k_proj_swiftkv, keys), (attention.v_proj_swiftkv, values)):
             outputs = shared.flatten(1)  # [D, G C]
@@ -282,6 +411,7 @@ def _share(
     moments: Moments,
     members: list[int],
     solutions: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One K and one V [D, G, C] for the layers of a group, whose queries then make up for what K lacks."""
     attentions: list[Any] = [model.model.layers[layer].self_attn for layer in members]
@@ -292,10 +422,37 @@ def _share(
     of_heads = squares.view(len(members), groups, -1, size).mean(2)  # [g, G, C]
     query_rms = sum(of_heads.chunk(2, dim=-1)).sqrt().clamp_min(1e-12)  # type: ignore[union-attr]
     inputs = torch.stack([moments.inputs[offset].sum(0) / moments.weights[offset].sum() for offset in offsets]).mean(0)
-    shared, factors = shared_keys(keys, inputs, query_rms)
-    for attention, factor in zip(attentions, factors, strict=True):
-        attention.q_proj_swiftkv.weight.copy_(compensated_queries(attention.q_proj.weight, factor))
+    fast = fast_frequencies(model.model.rotary_emb.inv_freq, length)
+    shared, turns = shared_keys(keys, inputs, query_rms, fast)
+    for attention, turn in zip(attentions, turns, strict=True):
+        attention.q_proj_swiftkv.weight.copy_(compensated_queries(attention.q_proj.weight, turn))
         if attention.q_proj.bias is not None:
-            attention.q_proj_swiftkv.bias.copy_(compensated_queries(attention.q_proj.bias, factor))
-    outputs = torch.stack([attention.o_proj.weight for attention in attentions]).to(values)
-    return shared, shared_values(values, outputs.unflatten(2, (-1, size)))
+            attention.q_proj_swiftkv.bias.copy_(compensated_queries(attention.q_proj.bias, turn))
+    metrics = [
+        _metric(attention, moments.sensitivities[offset]) for attention, offset in zip(attentions, offsets, strict=True)
+    ]
+    attended, products = zip(*map(partial(_wanted, moments), offsets, values), strict=True)
+    return shared, shared_values(torch.stack(attended), torch.stack(products), torch.stack(metrics))
+
+
+def _wanted(moments: Moments, layer: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Z [P, D, D] and C [D, G, C] of a layer, per token, with a ridge towards its own V [D, G, C]. C is what Z makes of
+    that V where no other was summed up, and Z is X'MX where none was."""
+    inputs = moments.inputs[layer] / moments.weights[layer].view(-1, 1, 1)
+    if moments.attended[layer].numel():
+        inputs = moments.attended[layer] / moments.tokens
+        ridge = ATTENDED_RIDGE * inputs.diagonal(dim1=1, dim2=2).mean(1)
+        inputs = inputs + torch.diag_embed(ridge.unsqueeze(1).expand(inputs.shape[:2]))
+        if moments.attended_products[layer].numel():
+            products = moments.attended_products[layer].transpose(0, 1) / moments.tokens
+            return inputs, products + ridge.view(1, -1, 1) * values
+    return inputs, torch.einsum("gde,egc->dgc", inputs.expand(values.shape[1], -1, -1), values)
+
+
+def _metric(attention: Any, sensitivity: torch.Tensor) -> torch.Tensor:
+    """M [G, C, C] of a layer: what the predictions feel of an error there or, not known, what o_proj makes of it."""
+    if sensitivity.any():
+        return sensitivity
+    groups, size = sensitivity.shape[:2]
+    heads = attention.o_proj.weight.to(sensitivity).unflatten(1, (groups, -1, size))  # [D, G, R, C]
+    return torch.einsum("dgrc,dgre->gce", heads, heads)

@@ -21,7 +21,16 @@ from torch.nn import functional
 
 from swiftkv_kernels import distillation_kl
 from swiftkv_models import LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import LayerFit, accumulate_moments, all_finite, not_finite, solve, undetermined
+from swiftkv_train.calibrate import (
+    SENSITIVITY_TOKENS,
+    LayerFit,
+    accumulate_moments,
+    accumulate_sensitivities,
+    all_finite,
+    not_finite,
+    solve,
+    undetermined,
+)
 from swiftkv_train.checkpointing import Checkpointer, on_main
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.divergence import Divergence, save_failed_batch
@@ -152,21 +161,27 @@ def calibrate(
     ranks = accelerator.num_processes
     mine = [index for index in range(sequences) if index % ranks == accelerator.process_index]
 
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(mine), rows):
-            yield data.batch_of(mine[start : start + rows])
+    def batches(numbers: list[int]) -> Iterator[Batch]:
+        for start in range(0, len(numbers), rows):
+            yield data.batch_of(numbers[start : start + rows])
 
     on_device = model.device.type == accelerator.device.type
     place = nullcontext() if on_device else layer_by_layer(accelerator.device, model)
     with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance, place:
-        moments = accumulate_moments(model, batches(), accelerator.device, advance, recipe.calibration.weighting)
+        moments = accumulate_moments(model, batches(mine), accelerator.device, advance, recipe.calibration.weighting)
+    few = [index for index in mine if index < max(1, SENSITIVITY_TOKENS // length)]
+    if on_device and any(
+        len(group) > 1 for group in model.config.tail_groups
+    ):  # a part of a model has no backward pass
+        with report.bar("sensitivity", total=len(few) * length, unit="tokens") as advance:
+            accumulate_sensitivities(moments, model, batches(few), accelerator.device, advance)
     if ranks > 1:
         for tensor in moments.tensors():
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
     if not all_finite(moments.tensors()):
         raise not_finite(recipe.model.base)
     try:
-        return solve(model, moments, recipe.calibration.ridge)
+        return solve(model, moments, recipe.calibration.ridge, length)
     except torch.linalg.LinAlgError:
         raise undetermined(int(moments.tokens), recipe.calibration.ridge) from None
 

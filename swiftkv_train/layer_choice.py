@@ -26,13 +26,13 @@ import torch
 
 from swiftkv_models.llama import uniform_groups
 from swiftkv_models.rope import rotate
-from swiftkv_train.calibrate import all_finite, not_finite, ridge_solution, undetermined
+from swiftkv_train.calibrate import all_finite, likelihood_gradient, not_finite, ridge_solution, undetermined
 from swiftkv_train.data import load_training_data
 from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
 from swiftkv_train.plan.inference import cache_bytes_per_token, prefill_flops
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Recipe
-from swiftkv_train.shared_projections import complex_halves, real_halves, shared_keys, shared_values
+from swiftkv_train.shared_projections import fast_frequencies, shared_keys, shared_values
 from swiftkv_train.student import build_model, training_attention
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 UNIFORM_GROUPS = (1, 2, 4)
 LARGEST_GROUP = 8
 BEAM = 32
-LOGIT_ROWS = 512
 SAMPLE_TOKENS = 4096  # beside the calibration's
 MOST_BYTES = 4 << 30  # of sums; more candidates for l than fit are thinned out
 
@@ -174,17 +173,13 @@ def _run(
     states = model.model.run_tail(trunk, base=True).last_hidden_state[real]
     if generator is None:
         return trunk
-    head = model.lm_head.weight
-    gradients = torch.empty_like(states)
-    with torch.no_grad():
-        for part in torch.arange(len(states), device=states.device).split(LOGIT_ROWS):
-            change = torch.softmax(torch.nn.functional.linear(states[part], head).float(), dim=-1)
-            if not all_finite([change]):
-                raise FloatingPointError("the base predicts nothing")
-            drawn = torch.multinomial(change, 1, generator=generator)
-            change.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=change.dtype))
-            gradients[part] = change.to(head.dtype) @ head
-    states.backward(gradients)
+    states.backward(
+        likelihood_gradient(
+            states,
+            model.lm_head.weight,
+            lambda _, probabilities: torch.multinomial(probabilities, 1, generator=generator)[:, 0],
+        )
+    )
     return trunk
 
 
@@ -258,12 +253,14 @@ class Predictor:
         keys, values = (solutions[:, :, kind].transpose(0, 1) for kind in (0, 1))  # [g, D, G, C]
         if len(members) > 1:
             rms = torch.stack([self._query_power(layer) for layer in members]).sqrt().clamp_min(1e-12)  # [g, G, F]
-            shared, factors = shared_keys(keys, self._inputs(first), rms)
-            weights = torch.stack([self._outputs(layer).permute(1, 0, 2) for layer in members])  # [g, D, H, C]
-            common = shared_values(values, weights)
-            # Queries c* q meet k as queries q meet c k.
-            turned = [real_halves(complex_halves(shared) * factor) for factor in factors]
-            keys, values = torch.stack(turned), common.expand(len(members), *common.shape)
+            inputs = self._inputs(first)
+            fast = fast_frequencies(self.model.model.rotary_emb.inv_freq, self.sums.samples[0].real.shape[1])
+            shared, turns = shared_keys(keys, inputs, rms, fast)
+            keys = torch.einsum("jgce,dge->jdgc", turns, shared)  # queries T'q meet k as queries q meet T k
+            metrics = torch.stack([self._metric(layer) for layer in members])
+            products = torch.einsum("de,jegc->jdgc", inputs, values)
+            common = shared_values(inputs.expand(len(members), 1, -1, -1), products, metrics)
+            values = common.expand(len(members), *common.shape)
         errors = [
             self._layer_errors(first, layer, *projections)
             for layer, *projections in zip(members, keys, values, strict=True)
@@ -305,11 +302,11 @@ class Predictor:
         first, second = squares.chunk(2, dim=1)
         return first + second
 
-    def _outputs(self, layer: int) -> torch.Tensor:
-        """o_proj by query head [H, D, C]."""
-        attention: Any = self.model.model.layers[layer].self_attn
-        size = attention.head_dim
-        return attention.o_proj.weight.double().unflatten(1, (-1, size)).transpose(0, 1)
+    def _metric(self, layer: int) -> torch.Tensor:
+        """g g' of what a layer's attention puts out, summed over the samples [G, C, C]."""
+        rows = [sample.gradients[layer].permute(0, 3, 1, 2, 4)[sample.real] for sample in self.sums.samples]
+        gradients = torch.cat(rows).double()  # [N, G, R, C]
+        return torch.einsum("ngrc,ngre->gce", gradients, gradients)
 
     def best_groups(self, first: int) -> list[tuple[list[list[int]], float]]:
         """For 1, 2, ... K/Vs in the tail, a grouping (of LARGEST_GROUP layers at most) with little loss.

@@ -131,10 +131,16 @@ def _calibration(model: LlamaSwiftKVForCausalLM, recipe: Recipe, tail: TailMemor
     width = tail.hidden + int(model.config.attention_bias)
     groups = cast(int, model.config.num_key_value_heads) if recipe.calibration.weighting == "head" else 1
     sums = tail.layers * 8 * (groups * width**2 + width * 2 * tail.key_value)
+    sharing = sum(len(group) for group in model.config.tail_groups if len(group) > 1)
+    if recipe.calibration.weighting != "none":  # what a shared V is fitted to
+        sums += sharing * 8 * (groups * width**2 + (width * tail.key_value if groups > 1 else 0))
     # Of a batch: the base's queries, keys and values of all tail layers, and a layer's states in fp32 and twice.
     recorded = tail.layers * tail.state(tail.query + 2 * tail.key_value)
     layer = tail.tokens * (2 * tail.hidden + 4 * tail.key_value) * FP32
-    return weights + sums + recorded + layer + 2 * score_bytes(device)
+    passes = recorded + layer + 2 * score_bytes(device)
+    if sharing and not in_parts:  # its backward pass, which is the base's
+        passes = max(passes, tail.saved() + tail.final_states(), tail.backward())
+    return weights + sums + passes
 
 
 def _frozen_bytes(model: LlamaSwiftKVForCausalLM, recipe: Recipe, frozen: int, itemsize: int) -> int:

@@ -10,8 +10,14 @@ from packed import packed_batch
 
 from swiftkv_models import rewrite
 from swiftkv_train import calibrate
-from swiftkv_train.calibrate import accumulate_moments, solve
-from swiftkv_train.shared_projections import compensated_queries, complex_halves, shared_keys, shared_values
+from swiftkv_train.calibrate import accumulate_moments, accumulate_sensitivities, solve
+from swiftkv_train.shared_projections import (
+    compensated_queries,
+    complex_halves,
+    fast_frequencies,
+    shared_keys,
+    shared_values,
+)
 from tiny import random_ids, tiny_llama
 
 FIRST = 2
@@ -100,7 +106,7 @@ def test_equals_least_squares_on_the_real_tokens(family, weighting, batches):
     model = rewrite(base, num_key_value_layers=FIRST)
     moments = accumulate_moments(model, batches, "cpu", weighting=weighting)
     assert int(moments.tokens) == tokens == 4 * (33 + 26 + 13)
-    fits = solve(model, moments, 1e-2)
+    fits = solve(model, moments, 1e-2, 33)
     width = base.config.hidden_size
     for fit, (keys, values, r2_keys, r2_values) in zip(fits, expected, strict=True):
         # Attention is summed in fp32 here and normalised in fp32 there: 1e-7, and the condition of the system above it.
@@ -115,48 +121,131 @@ def test_equals_least_squares_on_the_real_tokens(family, weighting, batches):
                 np.testing.assert_allclose(projection.bias.detach().numpy(), rows[width], atol=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["head", "layer", "none"])
+@pytest.mark.parametrize("sensitive", [True, False])
 @pytest.mark.parametrize("family", ["smollm2", "bias"])
-def test_groups_share_what_shared_projections_make_of_their_solutions(family, batches):
+def test_groups_share_what_shared_projections_make_of_their_solutions(family, sensitive, weighting, batches):
     """That these are right is test_shared_projections.py's matter; here, that they are given the right tensors."""
     base = tiny_llama(family)
     bias, width, size = family == "bias", base.config.hidden_size, base.config.head_dim
-    expected, _ = expected_solutions(copy.deepcopy(base), batches, "head", 1e-2, bias)
+    expected, _ = expected_solutions(copy.deepcopy(base), batches, weighting, 1e-2, bias)
     inputs, _, attention = inputs_targets_and_attention(copy.deepcopy(base), batches)
     x = torch.from_numpy(np.hstack([inputs, np.ones((len(inputs), 1))]) if bias else inputs)
     queries = queries_of(copy.deepcopy(base), batches)
+    seen = attended_and_slopes(copy.deepcopy(base), batches, bias)
     model = rewrite(base, num_key_value_layers=FIRST, key_value_group_size=2)
-    solve(model, accumulate_moments(model, batches, "cpu"), 1e-2)
+    moments = accumulate_moments(model, batches, "cpu", weighting=weighting)
+    if sensitive:
+        accumulate_sensitivities(moments, model, batches, "cpu")
+    solve(model, moments, 1e-2, 33)
     for leader in range(FIRST, 6, 2):
         layers = (leader, leader + 1)
         members = [model.model.layers[index].self_attn for index in layers]
         keys, values = (torch.stack([torch.from_numpy(expected[i - FIRST][kind]) for i in layers]) for kind in (0, 1))
-        outputs = torch.stack([attention.o_proj.weight.unflatten(1, (-1, size)) for attention in members]).detach()
-        shared = shared_values(values, outputs).flatten(1)
-        torch.testing.assert_close(members[0].v_proj_swiftkv.weight.T, shared[:width], atol=1e-4, rtol=1e-4)
-
-        weights = [torch.from_numpy(attention[index - FIRST]).sum(1, keepdim=True) for index in layers]
-        metric = sum((x * weight).T @ x / weight.sum() for weight in weights) / 2
         groups = keys.shape[2]
+        received = [torch.from_numpy(attention[index - FIRST]) for index in layers]
+        if weighting != "head":
+            received = [part.mean(1, keepdim=True).expand(-1, groups) for part in received]
+        if weighting == "none":
+            received = [torch.ones_like(part) for part in received]
+
+        metrics, normals, products = [], [], []
+        for index, own, weights, member in zip(layers, values, received, members, strict=True):
+            z, y, g = seen[index - FIRST]  # [N, G, R, D], [N, G, R, C] twice
+            heads = member.o_proj.weight.detach().unflatten(1, (groups, -1, size))
+            metrics.append(
+                torch.einsum("ngrc,ngre->gce", g, g) if sensitive else torch.einsum("dgrc,dgre->gce", heads, heads)
+            )
+            if weighting != "none":
+                normal = torch.einsum("ngrd,ngre->gde", z, z) / len(z)
+                if weighting == "layer":
+                    normal = normal.sum(0, keepdim=True)
+                ridge = 1e-2 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+                normals.append(normal + ridge * torch.eye(x.shape[1]))
+            if weighting == "head":
+                products.append(torch.einsum("ngrd,ngrc->dgc", z, y) / len(z) + ridge.view(1, -1, 1) * own)
+            elif weighting == "layer":
+                products.append(torch.einsum("de,egc->dgc", normals[-1][0], own))
+            else:
+                normals.append(torch.einsum("ng,nd,ne->gde", weights, x, x) / weights.sum(0)[:, None, None])
+                products.append(torch.einsum("gde,egc->dgc", normals[-1], own))
+        shared = shared_values(*(torch.stack(part) for part in (normals, products, metrics))).flatten(1)
+        # Attention is fp32 here and there: 1e-7, and the condition of the systems above it.
+        torch.testing.assert_close(members[0].v_proj_swiftkv.weight.T, shared[:width], atol=2e-4, rtol=2e-4)
+
+        weights = [part.sum(1, keepdim=True) for part in received]
+        metric = sum((x * weight).T @ x / weight.sum() for weight in weights) / 2
         squares = torch.stack([queries[i - FIRST].square().mean(0).view(groups, -1, size).mean(1) for i in layers])
         rms = (squares[..., : size // 2] + squares[..., size // 2 :]).sqrt()
-        wanted, factors = shared_keys(keys, metric, rms)
+        fast = fast_frequencies(model.model.rotary_emb.inv_freq, 33)
+        assert 0 < fast < size // 2
+        wanted, turns = shared_keys(keys, metric, rms, fast)
         projection = members[0].k_proj_swiftkv
         columns = [projection.weight.T, *([projection.bias[None]] if bias else [])]
         found = torch.cat(columns).detach().unflatten(1, (groups, size))
+        slow = [*range(fast, size // 2), *range(size // 2 + fast, size)]
 
-        def products(key, weight, groups=groups):
-            """What no phase of an eigenvector changes: a key times the conjugate of each query it meets."""
-            query = complex_halves(weight.T.unflatten(1, (groups, -1, size)))  # [D, G, R, F]
-            return torch.einsum("dgf,egrf->degrf", complex_halves(key), query.conj())
-
-        for attention_of, factor in zip(members, factors, strict=True):
-            compensated = compensated_queries(attention_of.q_proj.weight, factor)
-            torch.testing.assert_close(
-                products(found, attention_of.q_proj_swiftkv.weight.detach()),
-                products(wanted, compensated.detach()),
-                atol=1e-4,
-                rtol=1e-3,
+        def products_of(key, weight, groups=groups, slow=slow, fast=fast):
+            """What no phase of an eigenvector changes: keys times the conjugate of each query they meet."""
+            rows = weight.T.unflatten(1, (groups, -1, size))  # [D, G, R, C]
+            query, turned = complex_halves(rows)[..., :fast], complex_halves(key)[..., :fast]
+            return torch.einsum("dgf,egrf->degrf", turned, query.conj()), torch.einsum(
+                "dgc,egrc->degr", key[..., slow], rows[..., slow]
             )
+
+        for attention_of, turn in zip(members, turns, strict=True):
+            compensated = compensated_queries(attention_of.q_proj.weight, turn)
+            for one, other in zip(
+                products_of(found, attention_of.q_proj_swiftkv.weight.detach()),
+                products_of(wanted, compensated.detach()),
+                strict=True,
+            ):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def attended_and_slopes(base, batches, bias):
+    """Per tail layer, of the real tokens: what the base's attention makes of X [N, G, R, D], what it puts out, and the
+    gradient there of the log-likelihood of the next tokens of the loss [N, G, R, C]. From the base's own code."""
+    layers, config = base.model.layers, base.config
+    base.set_attn_implementation("eager")
+    groups = config.num_key_value_heads
+    seen = [[] for _ in layers[FIRST:]]
+    for batch in batches:
+        taken = {}
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                lambda _module, inputs, index=index, taken=taken: taken.update({index: inputs[0]})
+            )
+            for index, layer in enumerate(layers)
+        ]
+        out = base(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        for handle in handles:
+            handle.remove()
+        log_p = torch.log_softmax(out.logits, -1).gather(2, batch.input_ids.roll(-1, 1).unsqueeze(2))[..., 0]
+        slopes = torch.autograd.grad(
+            log_p[batch.loss_mask].sum(), [taken[index] for index in range(FIRST, len(layers))]
+        )
+        x = layers[FIRST].input_layernorm(out.hidden_states[FIRST]).detach()
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1) if bias else x
+        for offset, slope in enumerate(slopes):
+            attended = torch.einsum("bhts,bsd->bthd", out.attentions[FIRST + offset].detach().to(x.dtype), x)
+            seen[offset].append(
+                [
+                    part[batch.token_mask].unflatten(1, (groups, -1))
+                    for part in (
+                        attended,
+                        taken[FIRST + offset].detach().unflatten(2, (-1, config.head_dim)),
+                        slope.unflatten(2, (-1, config.head_dim)),
+                    )
+                ]
+            )
+    return [[torch.cat(parts) for parts in zip(*of_layer, strict=True)] for of_layer in seen]
 
 
 def queries_of(base, batches):
@@ -186,7 +275,7 @@ def test_recovers_an_exactly_linear_tail_and_with_it_the_base(family, batches):
     ids = random_ids(2, 19, seed=5)
     with torch.no_grad():
         wrong = float((model(ids).logits - base(ids).logits).abs().max())
-        fits = solve(model, accumulate_moments(model, batches, "cpu"), 1e-14)
+        fits = solve(model, accumulate_moments(model, batches, "cpu"), 1e-14, 33)
         assert all(fit.r2_keys > 1 - 1e-9 and fit.r2_values > 1 - 1e-9 for fit in fits)
         weights = base.model.layers
         for index in range(FIRST, 6):
@@ -210,7 +299,7 @@ def test_what_stands_in_the_padding_does_not_matter(batches):
 def test_only_what_is_to_be_calibrated_is_set(batches, group):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST, key_value_group_size=group)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    solve(model, accumulate_moments(model, batches, "cpu"), 1e-3)
+    solve(model, accumulate_moments(model, batches, "cpu"), 1e-3, 33)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     attention = "model.layers.{}.self_attn.{}_proj_swiftkv.weight"
     wanted = {attention.format(layer, kind) for layer in range(FIRST, 6, group) for kind in "kv"}
@@ -236,4 +325,4 @@ def test_too_few_tokens_without_ridge_are_noticed(batches):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST)
     moments = accumulate_moments(model, [packed_batch(1, 9, 0, 0)], "cpu")
     with pytest.raises(torch.linalg.LinAlgError):
-        solve(model, moments, 0.0)
+        solve(model, moments, 0.0, 9)

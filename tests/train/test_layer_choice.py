@@ -18,7 +18,7 @@ from swiftkv_train.calibrate import accumulate_moments, solve
 from swiftkv_train.cli import main
 from swiftkv_train.layer_choice import Predictor, accumulate, candidate_layers, predictions, sum_bytes
 from swiftkv_train.plan import layers
-from swiftkv_train.shared_projections import complex_halves, real_halves
+from swiftkv_train.shared_projections import complex_halves
 from tiny import tiny_llama
 
 RIDGE = 1e-2
@@ -80,7 +80,8 @@ def turned(x, positions, theta):
     """RoPE on [T, heads, C]."""
     size = x.shape[-1]
     angles = positions[:, None, None].double() * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return real_halves(complex_halves(x) * torch.exp(1j * angles))
+    rotated = complex_halves(x) * torch.exp(1j * angles)
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
 def attention_output(tokens, layer, batch, keys, values):
@@ -130,7 +131,11 @@ def test_a_group_is_that_of_the_calibrated_model(base, batches):
     """The K and V that `calibrate` gives a group, met by its changed queries, err as predicted for it."""
     predictor, tokens = predictor_of(base, batches), Tokens(base, batches)
     model = rewrite(copy.deepcopy(base), num_key_value_layers=2, key_value_groups=[[2], [3, 4, 5]])
-    solve(model, accumulate_moments(model, batches[1:], "cpu", weighting="none"), RIDGE)
+    moments = accumulate_moments(model, batches[1:], "cpu", weighting="none")
+    for layer in (3, 4, 5):  # felt as by the sample
+        gradients = predictor.sums.samples[0].gradients[layer].permute(0, 3, 1, 2, 4)[batches[0].token_mask]
+        moments.sensitivities[layer - 2] += torch.einsum("ngrc,ngre->gce", gradients, gradients)
+    solve(model, moments, RIDGE, batches[0].input_ids.shape[1])
     size, groups = base.config.head_dim, base.config.num_key_value_heads
     attention = model.model.layers[3].self_attn
     keys, values = (
@@ -139,14 +144,14 @@ def test_a_group_is_that_of_the_calibrated_model(base, batches):
     )
     total = 0.0
     for layer in (3, 4, 5):
-        # Queries turned by c* are keys turned by c, which is read off any column of the two q_proj.
+        # Queries T'q are keys T k: T is read off the two q_proj of a K/V head.
         member = model.model.layers[layer].self_attn
         own, changed = (
-            complex_halves(projection.weight.detach()[:, 0].unflatten(0, (-1, size)))
+            projection.weight.detach().unflatten(0, (groups, -1, size)).transpose(1, 2).flatten(2)  # [G, C, R D]
             for projection in (member.q_proj, member.q_proj_swiftkv)
         )
-        factors = (changed / own).conj()[:: len(own) // groups]
-        compensated = real_halves(complex_halves(keys) * factors)
+        turns = torch.linalg.lstsq(own.mT, changed.mT).solution  # [G, C, C], q -> T'q
+        compensated = torch.einsum("gce,btge->btgc", turns, keys)
         total = total + naive_errors(predictor, tokens, layer, compensated, values)
     torch.testing.assert_close(predictor.group_errors(2, 3, 3), total, rtol=1e-2, atol=1e-3)
 

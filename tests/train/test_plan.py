@@ -277,15 +277,18 @@ def test_wrong_input_is_one_line_and_status_2(swiftkv, arguments, says):
     assert len(err.splitlines()) == 1
 
 
-def test_the_sums_of_a_calibration_are_counted(make_recipe):
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_sums_of_a_calibration_are_counted(make_recipe, group):
     """What a K/V head's own weighting holds more than a layer's, against the sums themselves."""
-    recipes = {kind: make_recipe(calibration__weighting=kind) for kind in ("head", "layer")}
+    shared = {"rewrite__key_value_group_size": group}
+    recipes = {kind: make_recipe(calibration__weighting=kind, **shared) for kind in ("head", "layer")}
     model = model_on_meta(recipes["head"])
     planned = [training_memory(model, recipe, device="cpu").calibration for recipe in recipes.values()]
-    found = [
-        sum(tensor.numel() for tensor in accumulate_moments(build_model(recipe), [], "cpu", weighting=kind).inputs) * 8
-        for kind, recipe in recipes.items()
-    ]
+    found = []
+    for kind, recipe in recipes.items():
+        moments = accumulate_moments(build_model(recipe), [], "cpu", weighting=kind)
+        tensors = [*moments.inputs, *moments.attended, *moments.attended_products]
+        found.append(sum(tensor.numel() for tensor in tensors) * 8)
     assert planned[0] - planned[1] == found[0] - found[1] > 0
     copied = make_recipe(rewrite__init="copy")
     assert training_memory(model, copied, device="cpu").calibration == 0
