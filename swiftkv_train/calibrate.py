@@ -334,11 +334,10 @@ def likelihood_gradient(
 
 
 @torch.no_grad()
-def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float, length: int) -> list[LayerFit]:
+def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float) -> list[LayerFit]:
     """Put the ridge solutions into the `k_proj_swiftkv` and `v_proj_swiftkv` of `model`; groups also change their Q.
 
-    `length`: tokens of a sequence, across which slow frequencies of RoPE hardly turn. Returns the fit of every tail
-    layer.
+    Returns the fit of every tail layer.
     """
     config = model.config
     first, last = config.num_key_value_layers, config.num_hidden_layers
@@ -349,8 +348,7 @@ def solve(model: LlamaSwiftKVForCausalLM, moments: Moments, ridge: float, length
         fits.append(LayerFit(layer, r2_keys, r2_values))
     for members in config.tail_groups:
         leader = members[0]
-        alone = len(members) == 1
-        keys, values = solutions[leader] if alone else _share(model, moments, members, solutions, length)
+        keys, values = solutions[leader] if len(members) == 1 else _share(model, moments, members, solutions)
         attention = model.model.layers[leader].self_attn
         for projection, shared in ((attention.k_proj_swiftkv, keys), (attention.v_proj_swiftkv, values)):
             outputs = shared.flatten(1)  # [D, G C]
@@ -411,7 +409,6 @@ def _share(
     moments: Moments,
     members: list[int],
     solutions: dict[int, tuple[torch.Tensor, torch.Tensor]],
-    length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One K and one V [D, G, C] for the layers of a group, whose queries then make up for what K lacks."""
     attentions: list[Any] = [model.model.layers[layer].self_attn for layer in members]
@@ -422,7 +419,7 @@ def _share(
     of_heads = squares.view(len(members), groups, -1, size).mean(2)  # [g, G, C]
     query_rms = sum(of_heads.chunk(2, dim=-1)).sqrt().clamp_min(1e-12)  # type: ignore[union-attr]
     inputs = torch.stack([moments.inputs[offset].sum(0) / moments.weights[offset].sum() for offset in offsets]).mean(0)
-    fast = fast_frequencies(model.model.rotary_emb.inv_freq, length)
+    fast = fast_frequencies(model.model.rotary_emb.inv_freq, model.config.max_position_embeddings)
     shared, turns = shared_keys(keys, inputs, query_rms, fast)
     for attention, turn in zip(attentions, turns, strict=True):
         attention.q_proj_swiftkv.weight.copy_(compensated_queries(attention.q_proj.weight, turn))

@@ -181,7 +181,7 @@ def calibrate(
     if not all_finite(moments.tensors()):
         raise not_finite(recipe.model.base)
     try:
-        return solve(model, moments, recipe.calibration.ridge, length)
+        return solve(model, moments, recipe.calibration.ridge)
     except torch.linalg.LinAlgError:
         raise undetermined(int(moments.tokens), recipe.calibration.ridge) from None
 

@@ -254,7 +254,7 @@ class Predictor:
         if len(members) > 1:
             rms = torch.stack([self._query_power(layer) for layer in members]).sqrt().clamp_min(1e-12)  # [g, G, F]
             inputs = self._inputs(first)
-            fast = fast_frequencies(self.model.model.rotary_emb.inv_freq, self.sums.samples[0].real.shape[1])
+            fast = fast_frequencies(self.model.model.rotary_emb.inv_freq, self.config.max_position_embeddings)
             shared, turns = shared_keys(keys, inputs, rms, fast)
             keys = torch.einsum("jgce,dge->jdgc", turns, shared)  # queries T'q meet k as queries q meet T k
             metrics = torch.stack([self._metric(layer) for layer in members])

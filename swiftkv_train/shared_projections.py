@@ -5,8 +5,8 @@ queries may make up: where k_j ~ T_j k, with queries T_j'q_j. T_j has to commute
 f + C/2, a complex number, by frequency f times the position:
 
 - a fast frequency leaves one complex number, k_j ~ c_j k and queries c_j* q_j;
-- frequencies so slow that they turn no token of a sequence by more than a radian against another hardly turn at all:
-  together they are one block, and any real matrix of it will do.
+- frequencies so slow that they turn no token of the model's context by more than a radian against another hardly turn
+  at all: together they are one block, and any real matrix of it will do.
 
 The best k of all members at once are the leading singular directions of their rows W_j k_j in the metric of the
 calibration inputs, E|k_j x|^2 = k_j X'X k_j', W_j being the root mean squares of member j's queries.
@@ -31,9 +31,9 @@ from torch import Tensor
 ITERATIONS, PRECISION = 200, 1e-8  # of conjugate gradients: at most; of the residual, relative
 
 
-def fast_frequencies(inverse_frequencies: Tensor, length: int) -> int:
-    """How many of RoPE's, which fall, turn the ends of `length` tokens by more than a radian against each other."""
-    return int((inverse_frequencies * length > 1).sum())
+def fast_frequencies(inverse_frequencies: Tensor, context: int) -> int:
+    """How many of RoPE's, which fall, turn the ends of `context` tokens by more than a radian against each other."""
+    return int((inverse_frequencies * context > 1).sum())
 
 
 def shared_keys(keys: Tensor, inputs: Tensor, query_rms: Tensor, fast: int) -> tuple[Tensor, Tensor]:

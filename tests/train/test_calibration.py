@@ -106,7 +106,7 @@ def test_equals_least_squares_on_the_real_tokens(family, weighting, batches):
     model = rewrite(base, num_key_value_layers=FIRST)
     moments = accumulate_moments(model, batches, "cpu", weighting=weighting)
     assert int(moments.tokens) == tokens == 4 * (33 + 26 + 13)
-    fits = solve(model, moments, 1e-2, 33)
+    fits = solve(model, moments, 1e-2)
     width = base.config.hidden_size
     for fit, (keys, values, r2_keys, r2_values) in zip(fits, expected, strict=True):
         # Attention is summed in fp32 here and normalised in fp32 there: 1e-7, and the condition of the system above it.
@@ -137,7 +137,7 @@ def test_groups_share_what_shared_projections_make_of_their_solutions(family, se
     moments = accumulate_moments(model, batches, "cpu", weighting=weighting)
     if sensitive:
         accumulate_sensitivities(moments, model, batches, "cpu")
-    solve(model, moments, 1e-2, 33)
+    solve(model, moments, 1e-2)
     for leader in range(FIRST, 6, 2):
         layers = (leader, leader + 1)
         members = [model.model.layers[index].self_attn for index in layers]
@@ -177,7 +177,7 @@ def test_groups_share_what_shared_projections_make_of_their_solutions(family, se
         metric = sum((x * weight).T @ x / weight.sum() for weight in weights) / 2
         squares = torch.stack([queries[i - FIRST].square().mean(0).view(groups, -1, size).mean(1) for i in layers])
         rms = (squares[..., : size // 2] + squares[..., size // 2 :]).sqrt()
-        fast = fast_frequencies(model.model.rotary_emb.inv_freq, 33)
+        fast = fast_frequencies(model.model.rotary_emb.inv_freq, base.config.max_position_embeddings)
         assert 0 < fast < size // 2
         wanted, turns = shared_keys(keys, metric, rms, fast)
         projection = members[0].k_proj_swiftkv
@@ -275,7 +275,7 @@ def test_recovers_an_exactly_linear_tail_and_with_it_the_base(family, batches):
     ids = random_ids(2, 19, seed=5)
     with torch.no_grad():
         wrong = float((model(ids).logits - base(ids).logits).abs().max())
-        fits = solve(model, accumulate_moments(model, batches, "cpu"), 1e-14, 33)
+        fits = solve(model, accumulate_moments(model, batches, "cpu"), 1e-14)
         assert all(fit.r2_keys > 1 - 1e-9 and fit.r2_values > 1 - 1e-9 for fit in fits)
         weights = base.model.layers
         for index in range(FIRST, 6):
@@ -299,7 +299,7 @@ def test_what_stands_in_the_padding_does_not_matter(batches):
 def test_only_what_is_to_be_calibrated_is_set(batches, group):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST, key_value_group_size=group)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    solve(model, accumulate_moments(model, batches, "cpu"), 1e-3, 33)
+    solve(model, accumulate_moments(model, batches, "cpu"), 1e-3)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     attention = "model.layers.{}.self_attn.{}_proj_swiftkv.weight"
     wanted = {attention.format(layer, kind) for layer in range(FIRST, 6, group) for kind in "kv"}
@@ -325,4 +325,4 @@ def test_too_few_tokens_without_ridge_are_noticed(batches):
     model = rewrite(tiny_llama(), num_key_value_layers=FIRST)
     moments = accumulate_moments(model, [packed_batch(1, 9, 0, 0)], "cpu")
     with pytest.raises(torch.linalg.LinAlgError):
-        solve(model, moments, 0.0, 9)
+        solve(model, moments, 0.0)

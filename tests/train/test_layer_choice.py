@@ -135,7 +135,7 @@ def test_a_group_is_that_of_the_calibrated_model(base, batches):
     for layer in (3, 4, 5):  # felt as by the sample
         gradients = predictor.sums.samples[0].gradients[layer].permute(0, 3, 1, 2, 4)[batches[0].token_mask]
         moments.sensitivities[layer - 2] += torch.einsum("ngrc,ngre->gce", gradients, gradients)
-    solve(model, moments, RIDGE, batches[0].input_ids.shape[1])
+    solve(model, moments, RIDGE)
     size, groups = base.config.head_dim, base.config.num_key_value_heads
     attention = model.model.layers[3].self_attn
     keys, values = (
