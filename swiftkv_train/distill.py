@@ -21,22 +21,14 @@ from torch.nn import functional
 
 from swiftkv_kernels import distillation_kl
 from swiftkv_models import LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import (
-    SENSITIVITY_TOKENS,
-    LayerFit,
-    accumulate_moments,
-    accumulate_sensitivities,
-    all_finite,
-    not_finite,
-    solve,
-    undetermined,
-)
+from swiftkv_train.calibrate import LayerFit, not_finite, solve, undetermined
 from swiftkv_train.checkpointing import Checkpointer, on_main
 from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
 from swiftkv_train.divergence import Divergence, save_failed_batch
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.flops import device_peak, distillation_flops
 from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
+from swiftkv_train.moments import SENSITIVITY_TOKENS, accumulate_moments, accumulate_sensitivities, all_finite
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import ROWS, Quality, check_finite_quality, summarise, token_measures
 from swiftkv_train.quantized_base import quantize_base

@@ -26,9 +26,10 @@ import torch
 
 from swiftkv_models.llama import uniform_groups
 from swiftkv_models.rope import rotate
-from swiftkv_train.calibrate import all_finite, likelihood_gradient, not_finite, ridge_solution, undetermined
+from swiftkv_train.calibrate import not_finite, ridge_solution, undetermined
 from swiftkv_train.data import load_training_data
 from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
+from swiftkv_train.moments import all_finite, likelihood_gradient
 from swiftkv_train.plan.inference import cache_bytes_per_token, prefill_flops
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Recipe

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from torch import Tensor
 from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.bench import finish
 from swiftkv_train.bench.quality import TEST, compared, settings_of, variant_of
-from swiftkv_train.calibrate import ProjectionRecorder, ridge_solution
+from swiftkv_train.calibrate import ridge_solution
 from swiftkv_train.data import Batch
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.moments import Moments, ProjectionRecorder
 from swiftkv_train.recipe import Recipe, load_recipe
 
 
@@ -37,7 +38,7 @@ class Idea:
     what: str
     change: Callable[[Distillation], None] = lambda run: None  # of a run that is ready for its first step
     overrides: Sequence[str] = ()
-    of_groups: Callable[..., Any] | None = None  # how their K/V are made of their members', with shared K/V only
+    of_groups: dict[str, Callable[..., Any]] = field(default_factory=dict)  # functions of the closed form of shared K/V
 
 
 class Trial(Distillation):
@@ -50,8 +51,9 @@ class Trial(Distillation):
         self.idea = IDEAS[self.run.path.name]
 
     def prepare(self) -> None:
-        share = self.idea.of_groups
-        with patch("swiftkv_train.calibrate._share", share) if share else nullcontext():
+        with ExitStack() as replaced:
+            for name, function in self.idea.of_groups.items():
+                replaced.enter_context(patch(f"swiftkv_train.{name}", function))
             super().prepare()
         if self.step == 0:
             self.idea.change(self)
@@ -313,6 +315,12 @@ def mean_of_members(
     return torch.stack(keys).mean(0), torch.stack(values).mean(0)
 
 
+def of_rows(moments: Moments, layer: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What a shared V is fitted to: the members' V of tokens, not of what attention makes of them."""
+    inputs = moments.inputs[layer] / moments.weights[layer].view(-1, 1, 1)
+    return inputs, torch.einsum("gde,egc->dgc", inputs.expand(values.shape[1], -1, -1), values)
+
+
 IDEAS = {
     "as_it_is": Idea("none"),
     "beta_0.95": Idea("Adam's second beta 0.95", overrides=["training.betas=[0.9, 0.95]"]),
@@ -331,7 +339,19 @@ IDEAS = {
     "all_turns": Idea("loss on users' turns too", all_turns),
     "on_policy": Idea("a last fifth of what the student says", on_policy),
     "queries_fitted": Idea("queries fitted by the calibration too", queries_fitted),
-    "mean_of_members": Idea("a group's K/V are the mean of its members'", of_groups=mean_of_members),
+    "mean_of_members": Idea("a group's K/V: the mean of its members'", of_groups={"calibrate._share": mean_of_members}),
+    "frequencies_alone": Idea(
+        "a group's K: every frequency by itself",
+        of_groups={"calibrate.fast_frequencies": lambda frequencies, _: len(frequencies)},
+    ),
+    "no_likelihood": Idea(
+        "a group's V: o_proj's outputs count all alike",
+        of_groups={"distill.accumulate_sensitivities": lambda *_: None},
+    ),
+    "rows": Idea(
+        "a group's V: fitted to tokens' V, not to what attention makes of them",
+        of_groups={"calibrate._wanted": of_rows},
+    ),
 }
 
 

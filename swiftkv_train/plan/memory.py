@@ -29,8 +29,8 @@ from torch import nn
 from swiftkv_kernels.causal_attention import BLOCK
 from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import score_bytes
 from swiftkv_train.loading import dtype_of
+from swiftkv_train.moments import score_bytes
 from swiftkv_train.quality import ROWS
 from swiftkv_train.quantized_base import BYTES, quantizable_layers
 from swiftkv_train.recipe import Recipe

@@ -9,8 +9,9 @@ import torch
 from packed import packed_batch
 
 from swiftkv_models import rewrite
-from swiftkv_train import calibrate
-from swiftkv_train.calibrate import accumulate_moments, accumulate_sensitivities, solve
+from swiftkv_train import moments as sums
+from swiftkv_train.calibrate import solve
+from swiftkv_train.moments import accumulate_moments, accumulate_sensitivities
 from swiftkv_train.shared_projections import (
     compensated_queries,
     complex_halves,
@@ -312,8 +313,8 @@ def test_attention_received_in_blocks_is_that_of_the_whole(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 37, 8, generator=generator) for heads in (6, 2))
     documents = (torch.arange(37) // 15).expand(2, 37)
-    monkeypatch.setattr(calibrate, "CPU_SCORE_BYTES", 4 * 2 * 6 * 37 * 5)  # five rows at a time
-    found = calibrate.attention_received(query, key, documents)
+    monkeypatch.setattr(sums, "CPU_SCORE_BYTES", 4 * 2 * 6 * 37 * 5)  # five rows at a time
+    found = sums.attention_received(query, key, documents)
     scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 8**-0.5
     visible = torch.ones(37, 37, dtype=torch.bool).tril() & (documents[0, :, None] == documents[0, None])
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)

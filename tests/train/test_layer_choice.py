@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from swiftkv_models import rewrite
 from swiftkv_train import layer_choice
-from swiftkv_train.calibrate import accumulate_moments, solve
+from swiftkv_train.calibrate import solve
 from swiftkv_train.cli import main
 from swiftkv_train.layer_choice import Predictor, accumulate, candidate_layers, predictions, sum_bytes
+from swiftkv_train.moments import accumulate_moments
 from swiftkv_train.plan import layers
 from swiftkv_train.shared_projections import complex_halves
 from tiny import tiny_llama

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from swiftkv_models import rewrite
 from swiftkv_train.bench.plan import SETTINGS as STEPS
 from swiftkv_train.bench.plan import recipe_for, step_memory
-from swiftkv_train.calibrate import accumulate_moments
 from swiftkv_train.cli import main
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate.speed import cache_bytes_per_token as cache_bytes_found
 from swiftkv_train.loading import dtype_of
+from swiftkv_train.moments import accumulate_moments
 from swiftkv_train.plan import model_on_meta, plan
 from swiftkv_train.plan.advice import RESERVED, first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
