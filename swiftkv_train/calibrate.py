@@ -151,14 +151,14 @@ def _share(
 def _wanted(moments: Moments, layer: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Z [P, D, D] and C [D, G, C] of a layer, per token, with a ridge towards its own V [D, G, C]. C is what Z makes of
     that V where no other was summed up, and Z is X'MX where none was."""
-    inputs = moments.inputs[layer] / moments.weights[layer].view(-1, 1, 1)
-    if moments.attended[layer].numel():
-        inputs = moments.attended[layer] / moments.tokens
-        ridge = ATTENDED_RIDGE * inputs.diagonal(dim1=1, dim2=2).mean(1)
-        inputs = inputs + torch.diag_embed(ridge.unsqueeze(1).expand(inputs.shape[:2]))
-        if moments.attended_products[layer].numel():
-            products = moments.attended_products[layer].transpose(0, 1) / moments.tokens
-            return inputs, products + ridge.view(1, -1, 1) * values
+    attended = moments.attended[layer].numel() > 0
+    weights = moments.weights[layer].view(-1, 1, 1)
+    inputs = moments.attended[layer] / moments.tokens if attended else moments.inputs[layer] / weights
+    ridge = ATTENDED_RIDGE * inputs.diagonal(dim1=1, dim2=2).mean(1)
+    inputs = inputs + torch.diag_embed(ridge.unsqueeze(1).expand(inputs.shape[:2]))
+    if moments.attended_products[layer].numel():
+        products = moments.attended_products[layer].transpose(0, 1) / moments.tokens
+        return inputs, products + ridge.view(1, -1, 1) * values
     return inputs, torch.einsum("gde,egc->dgc", inputs.expand(values.shape[1], -1, -1), values)
 
 

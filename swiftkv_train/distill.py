@@ -161,12 +161,14 @@ def calibrate(
     place = nullcontext() if on_device else layer_by_layer(accelerator.device, model)
     with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance, place:
         moments = accumulate_moments(model, batches(mine), accelerator.device, advance, recipe.calibration.weighting)
-    few = [index for index in mine if index < max(1, SENSITIVITY_TOKENS // length)]
-    if on_device and any(
-        len(group) > 1 for group in model.config.tail_groups
-    ):  # a part of a model has no backward pass
+    sharing = any(len(group) > 1 for group in model.config.tail_groups)
+    if sharing and on_device:  # what comes and goes in parts has no backward pass
+        few = [index for index in mine if index < max(1, SENSITIVITY_TOKENS // length)]
         with report.bar("sensitivity", total=len(few) * length, unit="tokens") as advance:
-            accumulate_sensitivities(moments, model, batches(few), accelerator.device, advance)
+            try:
+                accumulate_sensitivities(moments, model, batches(few), accelerator.device, advance)
+            except FloatingPointError:
+                raise not_finite(recipe.model.base) from None
     if ranks > 1:
         for tensor in moments.tensors():
             tensor.copy_(accelerator.reduce(tensor, reduction="sum"))

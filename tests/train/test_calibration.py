@@ -157,19 +157,17 @@ def test_groups_share_what_shared_projections_make_of_their_solutions(family, se
             metrics.append(
                 torch.einsum("ngrc,ngre->gce", g, g) if sensitive else torch.einsum("dgrc,dgre->gce", heads, heads)
             )
-            if weighting != "none":
+            if weighting == "none":
+                normal = torch.einsum("ng,nd,ne->gde", weights, x, x)[:1] / weights.sum(0)[0]
+            else:
                 normal = torch.einsum("ngrd,ngre->gde", z, z) / len(z)
-                if weighting == "layer":
-                    normal = normal.sum(0, keepdim=True)
-                ridge = 1e-2 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-                normals.append(normal + ridge * torch.eye(x.shape[1]))
+                normal = normal if weighting == "head" else normal.sum(0, keepdim=True)
+            ridge = 1e-2 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+            normals.append(normal + ridge * torch.eye(x.shape[1]))
             if weighting == "head":
                 products.append(torch.einsum("ngrd,ngrc->dgc", z, y) / len(z) + ridge.view(1, -1, 1) * own)
-            elif weighting == "layer":
-                products.append(torch.einsum("de,egc->dgc", normals[-1][0], own))
             else:
-                normals.append(torch.einsum("ng,nd,ne->gde", weights, x, x) / weights.sum(0)[:, None, None])
-                products.append(torch.einsum("gde,egc->dgc", normals[-1], own))
+                products.append(torch.einsum("de,egc->dgc", normals[-1][0], own))
         shared = shared_values(*(torch.stack(part) for part in (normals, products, metrics))).flatten(1)
         # Attention is fp32 here and there: 1e-7, and the condition of the systems above it.
         torch.testing.assert_close(members[0].v_proj_swiftkv.weight.T, shared[:width], atol=2e-4, rtol=2e-4)
