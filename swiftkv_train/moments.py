@@ -47,10 +47,10 @@ class Moments:
     sensitivities: list[torch.Tensor]  # of g g', g the gradient of log p there [G, C, C]; 0: not known
 
     def tensors(self) -> list[torch.Tensor]:
+        """All that hold something."""
         parts = (self.inputs, self.products, self.sums, self.squares, self.weights, self.queries, [self.tokens])
-        return [
-            tensor for part in (*parts, self.attended, self.attended_products, self.sensitivities) for tensor in part
-        ]
+        shared = (self.attended, self.attended_products, self.sensitivities)
+        return [tensor for part in (*parts, *shared) for tensor in part if tensor.numel()]
 
 
 class ProjectionRecorder:
