@@ -55,6 +55,8 @@ SPREAD += [
 def test_two_processes_train_as_one_does(workplace, port, strategy, sequence_parallel):
     # Of 7 sequences one process gets 4 and the other 3: two micro-batches here, one there. Or each gets half of all 7.
     changes = {"training.micro_batch_size": 3, "training.batch_size": 7, "loss.hidden_mse": 0.3}
+    if (strategy, sequence_parallel) == ("ddp", 1):  # whose calibration sums up more
+        changes["rewrite.key_value_group_size"] = 2
     recipe = write_recipe(workplace / "recipe.yaml", changes)
     assert run_here("distill", recipe, "training.output_dir=one", cwd=workplace).status == 0
     options = ["training.output_dir=two", f"distributed.strategy={strategy}"]
