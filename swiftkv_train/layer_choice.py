@@ -236,6 +236,7 @@ class Predictor:
         self.config = model.config
         self._projections: dict[int, torch.Tensor] = {}
         self._errors: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._metrics: dict[int, torch.Tensor] = {}
 
     def loss(self, first: int, groups: Sequence[Sequence[int]]) -> float:
         """Of the form with l = `first` and these groups of the tail's layers."""
@@ -305,9 +306,11 @@ class Predictor:
 
     def _metric(self, layer: int) -> torch.Tensor:
         """g g' of what a layer's attention puts out, summed over the samples [G, C, C]."""
-        rows = [sample.gradients[layer].permute(0, 3, 1, 2, 4)[sample.real] for sample in self.sums.samples]
-        gradients = torch.cat(rows).double()  # [N, G, R, C]
-        return torch.einsum("ngrc,ngre->gce", gradients, gradients)
+        if layer not in self._metrics:
+            rows = [sample.gradients[layer].permute(0, 3, 1, 2, 4)[sample.real] for sample in self.sums.samples]
+            gradients = torch.cat(rows).double()  # [N, G, R, C]
+            self._metrics[layer] = torch.einsum("ngrc,ngre->gce", gradients, gradients)
+        return self._metrics[layer]
 
     def best_groups(self, first: int) -> list[tuple[list[list[int]], float]]:
         """For 1, 2, ... K/Vs in the tail, a grouping (of LARGEST_GROUP layers at most) with little loss.
