@@ -33,7 +33,7 @@ from swiftkv_train.moments import all_finite, likelihood_gradient
 from swiftkv_train.plan.inference import cache_bytes_per_token, prefill_flops
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Recipe
-from swiftkv_train.shared_projections import fast_frequencies, shared_keys, shared_values
+from swiftkv_train.shared_projections import fast_frequencies, mean_values, shared_keys
 from swiftkv_train.student import build_model, training_attention
 
 if TYPE_CHECKING:
@@ -255,13 +255,10 @@ class Predictor:
         keys, values = (solutions[:, :, kind].transpose(0, 1) for kind in (0, 1))  # [g, D, G, C]
         if len(members) > 1:
             rms = torch.stack([self._query_power(layer) for layer in members]).sqrt().clamp_min(1e-12)  # [g, G, F]
-            inputs = self._inputs(first)
             fast = fast_frequencies(self.model.model.rotary_emb.inv_freq, self.config.max_position_embeddings)
-            shared, turns = shared_keys(keys, inputs, rms, fast)
+            shared, turns = shared_keys(keys, self._inputs(first), rms, fast)
             keys = torch.einsum("jgce,dge->jdgc", turns, shared)  # queries T'q meet k as queries q meet T k
-            metrics = torch.stack([self._metric(layer) for layer in members])
-            products = torch.einsum("de,jegc->jdgc", inputs, values)
-            common = shared_values(inputs.expand(len(members), 1, -1, -1), products, metrics)
+            common = mean_values(values, torch.stack([self._metric(layer) for layer in members]))
             values = common.expand(len(members), *common.shape)
         errors = [
             self._layer_errors(first, layer, *projections)

@@ -17,8 +17,8 @@ g the gradient of log p at that output, and taken as independent of z (as K-FAC 
 
     sum_j E[(g_j'(V'z_j - y_j))^2] ~ sum_j tr(M_j (V'Z_j V - 2 V'C_j)) + ..,   M = E g g'   Z = E z z'   C = E z y'
 
-is least where sum_j Z_j V M_j = sum_j C_j M_j. That is solved by conjugate gradients; where all members have one Z, at
-once.
+is least where sum_j Z_j V M_j = sum_j C_j M_j. That is solved by conjugate gradients. Where all members have one Z, and
+C_j = Z V_j, it is a mean of theirs that needs no Z: V sum_j M_j = sum_j V_j M_j.
 
     g members   D inputs (+ 1 with biases)   H query heads   G K/V heads   C head size   F = C / 2 frequencies
 """
@@ -37,7 +37,7 @@ def fast_frequencies(inverse_frequencies: Tensor, context: int) -> int:
 
 
 def shared_keys(keys: Tensor, inputs: Tensor, query_rms: Tensor, fast: int) -> tuple[Tensor, Tensor]:
-    """The shared K [D, G, C] of members' keys [g, D, G, C], and T [g, G, C, C], whose entries are of size 1 on average.
+    """The shared K [D, G, C] of members' keys [g, D, G, C], and T [g, G, C, C], of size 1 on average.
 
     inputs is X'X [D, D], query_rms the weights [g, G, F], `fast` the number of frequencies that are (the first ones).
     """
@@ -84,14 +84,25 @@ def shared_values(inputs: Tensor, products: Tensor, metrics: Tensor) -> Tensor:
     inputs Z [g, G, D, D] (or [g, 1, D, D], the same for all heads), positive definite; products C [g, D, G, C];
     metrics M [g, G, C, C].
     """
-    size = metrics.shape[-1]
-    least = 1e-6 * metrics.diagonal(dim1=2, dim2=3).mean((0, 2))  # of directions that nothing asks for
-    metrics = metrics + least.view(-1, 1, 1) * torch.eye(size, dtype=metrics.dtype, device=metrics.device)
+    metrics = _with_least(metrics)
     heads = [
         _solution(inputs[:, head % inputs.shape[1]], products[:, :, head], metrics[:, head])
         for head in range(products.shape[2])
     ]
     return torch.stack(heads, dim=1)
+
+
+def mean_values(values: Tensor, metrics: Tensor) -> Tensor:
+    """`shared_values` of members with V [g, D, G, C] and one Z: the V [D, G, C] with V sum_j M_j = sum_j V_j M_j."""
+    metrics = _with_least(metrics)
+    wanted = torch.einsum("jhce,jdhe->hcd", metrics, values)
+    return torch.linalg.solve(metrics.sum(0), wanted).permute(2, 0, 1)
+
+
+def _with_least(metrics: Tensor) -> Tensor:
+    """Metrics in which directions that nothing asks for count a little."""
+    least = 1e-6 * metrics.diagonal(dim1=2, dim2=3).mean((0, 2))
+    return metrics + torch.diag_embed(least.unsqueeze(1).expand(metrics.shape[1:3]))
 
 
 def _solution(inputs: Tensor, products: Tensor, metrics: Tensor) -> Tensor:

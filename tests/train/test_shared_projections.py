@@ -7,6 +7,7 @@ from swiftkv_train.shared_projections import (
     compensated_queries,
     complex_halves,
     fast_frequencies,
+    mean_values,
     shared_keys,
     shared_values,
 )
@@ -154,6 +155,7 @@ def test_the_shared_value_is_least_squares_through_o_proj():
     heads = outputs.unflatten(2, (GROUPS, -1))
     metrics = torch.einsum("jdgrc,jdgre->jgce", heads, heads)
     shared = shared_values(inputs, torch.einsum("de,jegc->jdgc", inputs[0, 0], values), metrics)
+    torch.testing.assert_close(mean_values(values, metrics), shared, rtol=1e-6, atol=1e-6)
     for group in range(GROUPS):
         heads = range(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
         stacked = torch.cat([outputs[member, :, head] for member in range(MEMBERS) for head in heads])
