@@ -27,7 +27,7 @@ from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_
 from swiftkv_train.divergence import Divergence, save_failed_batch
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.flops import device_peak, distillation_flops
-from swiftkv_train.loading import compute_device, load_tokenizer, pad_token_id
+from swiftkv_train.loading import compute_device, compute_dtype, describe_dtype, load_tokenizer, pad_token_id
 from swiftkv_train.moments import SENSITIVITY_TOKENS, accumulate_moments, accumulate_sensitivities, all_finite
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import ROWS, Quality, check_finite_quality, summarise, token_measures
@@ -222,7 +222,9 @@ class Distillation:
     def prepare(self) -> None:
         """Load the model and the data, start the tail, wrap for training."""
         recipe, training, accelerator, report = self.recipe, self.recipe.training, self.accelerator, self.report
+        dtype = compute_dtype(recipe.model.dtype)
         report.line(f"base        {recipe.model.base}")
+        report.line(f"dtype       {describe_dtype(recipe.model.dtype, dtype)}")
         model = build_model(recipe)
         tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
         pad = pad_token_id(tokenizer)
@@ -262,8 +264,8 @@ class Distillation:
         trained = sum(parameter.numel() for parameter in parameters.values())
         total = sum(parameter.numel() for parameter in model.parameters())
         report.line(f"trained     {trained:,} of {total:,} parameters ({trained / total:.1%})")
-        self.config, self.peak = model.config, device_peak(accelerator.device, recipe.model.dtype)
-        half = None if recipe.model.dtype == "float32" else getattr(torch, recipe.model.dtype)
+        self.config, self.peak = model.config, device_peak(accelerator.device, dtype)
+        half = None if dtype == torch.float32 else dtype
         if self.group is not None:
             use_sequence_parallel_attention(model)
         self.strategy.wrap(DistillationModule(model, recipe.loss, half, self.group))

@@ -44,12 +44,12 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
 
 
-def device_peak(device: torch.device, dtype: str) -> float | None:
-    """`peak_flops` of a device for a recipe's `model.dtype`; None for float32, whose products are another matter."""
-    if device.type != "cuda" or dtype == "float32":
-        return None
+def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """`peak_flops` of a device for a compute dtype; None for float32, whose products are another matter."""
     import torch
 
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
     return peak_flops(torch.cuda.get_device_name(device))
 
 

@@ -35,21 +35,42 @@ def tell_deepspeed_of_cpu() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def dtype_of(name: str) -> torch.dtype | str:
+def compute_dtype(name: str, device: torch.device | str | None = None) -> torch.dtype:
+    """What a recipe's `model.dtype` is on `device`, `compute_device()` by default.
+
+    'auto' is bfloat16 where the device multiplies that natively, else float32.
+    """
     import torch
 
-    return name if name == "auto" else getattr(torch, name)
+    from swiftkv_kernels.backends import multiplies_natively
+
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if multiplies_natively(torch.bfloat16, device or compute_device()) else torch.float32
+
+
+def describe_dtype(name: str, dtype: torch.dtype) -> str:
+    """A recipe's `model.dtype`, which is `dtype` here, in a line: what a user would want to change."""
+    import torch
+
+    from swiftkv_kernels.backends import multiplies_natively
+
+    found, device = str(dtype).removeprefix("torch."), compute_device()
+    if not multiplies_natively(dtype, device):
+        return f"{found}, which this {device.type.upper()} multiplies several times slower than float32"
+    missing = name == "auto" and dtype == torch.float32
+    return found + f" (this {device.type.upper()} has no bfloat16 products)" * missing
 
 
 def load_model(
     path: str,
     *,
-    dtype: str = "auto",
+    dtype: torch.dtype | str = "auto",
     attention: str | None = None,
     revision: str | None = None,
     families: tuple[str, ...] = ("llama", "llama_swiftkv"),
 ) -> Model:
-    """The causal language model at `path` (directory or hub id), in eval mode.
+    """The causal language model at `path` (directory or hub id), in eval mode; `dtype` 'auto': as it is stored.
 
     Raises:
         UserError: no such model, a family not in `families`, a damaged file, a tensor missing, unexpected or misshapen
@@ -73,7 +94,7 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
-                dtype=dtype_of(dtype),
+                dtype=dtype,
                 revision=revision,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -91,20 +112,38 @@ def load_model(
     return model.eval()
 
 
-def load_for_inference(path: str, *, revision: str | None = None, **arguments: Any) -> Model:
+def load_for_inference(
+    path: str, *, dtype: torch.dtype | str = "auto", revision: str | None = None, **arguments: Any
+) -> Model:
     """`load_model`'s, on the GPU if there is one, on a CPU optimised for it: for inference alone.
 
-    Of its settings for generation only those are left that answers are sampled with here.
+    A model stored in 16 bits computes in float32 where the device has no such products and there is room. Of its
+    settings for generation only those are left that answers are sampled with here.
     """
     import torch
 
+    from swiftkv_kernels.backends import multiplies_natively
     from swiftkv_models import optimize_for_cpu
 
-    model = load_model(path, revision=revision, **arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path, dtype=dtype, revision=revision, **arguments)
+    if dtype == "auto" and not multiplies_natively(model.dtype, device) and _room_for_float32(model, device):
+        model.float()
     model.generation_config = kept_settings(model.generation_config)
     if unused := unused_settings(generation_settings(path, model.config.vocab_size, revision=revision)):
         print(f"note: of {path}'s generation_config.json is not used: {', '.join(unused)}", file=sys.stderr)
-    return optimize_for_cpu(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    return optimize_for_cpu(model.to(device))
+
+
+def _room_for_float32(model: Model, device: torch.device) -> bool:
+    """Whether a 16-bit model, still in the CPU's memory, would take at most 3/4 of what is free as fp32 on `device`."""
+    import psutil
+    import torch
+
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if device.type == "cuda":
+        return 2 * size < 0.75 * torch.cuda.mem_get_info(device)[0]
+    return size < 0.75 * psutil.virtual_memory().available
 
 
 def check_finite(model: Model, path: str) -> None:

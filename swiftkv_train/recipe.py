@@ -91,8 +91,10 @@ class Section(BaseModel):
 class ModelSection(Section):
     base: Place = Field(min_length=1, description="Local directory or hub id of the base model.")
     revision: str | None = Field(None, description="Revision of a hub id.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Compute dtype of the frozen base."
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Compute dtype of the frozen base, and what is exported in; `auto`: bfloat16 where the device "
+        "multiplies it natively, else float32, and exported as the base is stored.",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
     quantization: Literal["int8", "nf4"] | None = Field(

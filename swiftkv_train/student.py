@@ -13,16 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from swiftkv_models import PACKED_CAUSAL, SDPA, LlamaSwiftKVForCausalLM, RewriteError, rewrite
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import Model, load_model
+from swiftkv_train.loading import Model, compute_dtype, load_model
 from swiftkv_train.quantized_base import quiet_bitsandbytes
 from swiftkv_train.recipe import LoraSection, Recipe
 
 
-def build_model(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
-    """The base of a recipe in SwiftKV form, weights of the tail as `rewrite` leaves them."""
+def build_model(recipe: Recipe, dtype: torch.dtype | str | None = None) -> LlamaSwiftKVForCausalLM:
+    """The base of a recipe in SwiftKV form, weights of the tail as `rewrite` leaves them; in what it computes in here,
+    or a `dtype` ('auto': as it is stored).
+    """
     base = load_model(
         recipe.model.base,
-        dtype=recipe.model.dtype,
+        dtype=dtype or compute_dtype(recipe.model.dtype),
         attention=recipe.model.attention,
         revision=recipe.model.revision,
         families=("llama",),

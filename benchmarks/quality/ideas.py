@@ -233,7 +233,7 @@ def on_policy(run: Distillation) -> None:
             return plain(start, count)
         if not said:
             model, prompts = run.strategy.model, plain(first, training.steps * training.batch_size - first).input_ids
-            half = None if run.recipe.model.dtype == "float32" else getattr(torch, run.recipe.model.dtype)
+            half = run.strategy.unwrapped.autocast
             with plain_attention(model), torch.autocast(model.device.type, half, enabled=half is not None):
                 ids = model.generate(
                     prompts[:, :PROMPT],
@@ -288,7 +288,7 @@ def queries_fitted(run: Distillation) -> None:
     moments = torch.zeros(len(layers), width, width, dtype=torch.float64)
     products = torch.zeros(len(layers), width, layers[0].self_attn.q_proj.out_features, dtype=torch.float64)
     sequences = max(1, recipe.calibration.tokens // recipe.data.sequence_length)
-    half = None if recipe.model.dtype == "float32" else getattr(torch, recipe.model.dtype)
+    half = run.strategy.unwrapped.autocast
     with ProjectionRecorder(model) as recorder:
         for start in range(0, sequences, rows):
             batch = run.data.batch_of(range(start, min(start + rows, sequences)))

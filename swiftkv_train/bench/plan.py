@@ -99,7 +99,7 @@ def step_memory(recipe: Recipe) -> StepMemory:
     held = [*distillation.strategy.model.parameters(), *(moments[name] for name in moments if "exp_avg" in name)]
     device = distillation.accelerator.device
     measured = most_allocated(distillation.train_step, device)
-    memory = training_memory(model_on_meta(recipe), recipe, device=device.type)
+    memory = training_memory(model_on_meta(recipe, device.type), recipe, device=device.type)
     certain = sum(tensor.numel() * tensor.element_size() for tensor in held)
     return StepMemory(memory.step - certain, measured)
 

@@ -49,7 +49,7 @@ def export(run_path: str | Path, to: str | Path, *, format: str = "hf", report: 
     checkpoint = run.last_checkpoint(report)
     recipe = run.recipe()
     report(f"run         {run.path}, step {checkpoint.step} of {recipe.training.steps}")
-    model = build_model(recipe)
+    model = build_model(recipe, recipe.model.dtype)
     if changes := base_changes(checkpoint.progress["content"], recipe.model):
         raise UserError(f"{checkpoint.path} was trained on another base: {listed(changes)}; restore that")
     if changes := adapter_changes(checkpoint.progress["recipe"], recipe):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from swiftkv_models import LlamaSwiftKVForCausalLM
 from swiftkv_train.errors import UserError
 from swiftkv_train.flops import causal_pairs, distillation_flops
-from swiftkv_train.loading import dtype_of, load_config, one_line
+from swiftkv_train.loading import compute_dtype, load_config, one_line
 from swiftkv_train.plan.advice import first_that_fits
 from swiftkv_train.plan.inference import cache_bytes_per_token, decode_flops, prefill_flops
 from swiftkv_train.plan.memory import training_memory
@@ -48,7 +48,7 @@ def plan(
     if training.batch_size < processes // group:
         sharing = f"{processes // group} processes or groups that share it"
         raise UserError(f"training.batch_size {training.batch_size} is smaller than the {sharing}")
-    model = model_on_meta(recipe)
+    model = model_on_meta(recipe, device)
     config = model.config
     check_heads(recipe, config)
     base = copy.copy(config)
@@ -102,12 +102,12 @@ def plan(
     return result
 
 
-def model_on_meta(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
-    """The model that the recipe trains, adapters too, without its weights: only the base's configuration is read."""
+def model_on_meta(recipe: Recipe, device: str) -> LlamaSwiftKVForCausalLM:
+    """The model that the recipe trains on `device`, adapters too, without weights: only the base's config is read."""
     config = load_config(recipe.model.base, revision=recipe.model.revision, families=("llama",))
     with torch.device("meta"):
         try:
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype_of(recipe.model.dtype))
+            base = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(recipe.model.dtype, device))
         except Exception as error:  # whatever the settings of a damaged config lead to
             raise UserError(f"model {recipe.model.base}: no model follows from its config: {one_line(error)}") from None
         model = rewritten(base, recipe)

@@ -1,10 +1,15 @@
-"""Kernels are made on first use, whichever thread that is in."""
+"""Kernels are made on first use, whichever thread that is in; which products a device has."""
 
+import platform
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from swiftkv_kernels.backends import made_once
+import pytest
+import torch
+
+from swiftkv_kernels.backends import made_once, multiplies_natively
 
 
 def test_threads_that_ask_at_once_get_one():
@@ -25,3 +30,34 @@ def test_threads_that_ask_at_once_get_one():
         assert set(threads.map(ask, range(4))) == {made[0]}
     assert len(made) == 1
     assert make.__doc__ == "It."
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="the flags of another processor"
+)
+def test_a_cpu_has_the_products_that_its_flags_promise():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    assert multiplies_natively(torch.float32, "cpu")
+    assert multiplies_natively(torch.bfloat16, "cpu") == (flags >= {"avx512bw", "avx512vl", "avx512dq"})
+    assert multiplies_natively(torch.float16, "cpu") == bool(flags & {"avx512_fp16", "amx_fp16"})
+
+
+def test_a_torch_without_onednn_has_no_16_bit_products(monkeypatch):
+    def missing():
+        raise RuntimeError("not compiled with oneDNN")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", missing)
+    assert not multiplies_natively(torch.bfloat16, "cpu")
+
+
+def test_a_gpu_that_is_not_there_has_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert multiplies_natively(torch.bfloat16, "cuda")
+
+
+def test_an_old_gpu_has_fp16_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not multiplies_natively(torch.bfloat16, "cuda")
+    assert multiplies_natively(torch.float16, "cuda")

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from swiftkv_kernels.packed_linear import packed_linear_backend
-from swiftkv_models import GROUPED, PackedLinear, SinkWindowCache, optimize_for_cpu, rewrite
+from swiftkv_models import GROUPED, PackedLinear, SinkWindowCache, cpu, optimize_for_cpu, rewrite
 from tiny import random_ids, randomise_tail, tiny_llama
 
 SAME = {"rtol": 0, "atol": 1e-9}
@@ -76,6 +76,17 @@ def test_the_method_of_a_checkpoint_packs_too():
     model = rewrite(tiny_llama(dtype=torch.float32), num_key_value_layers=3)
     assert model.optimize_for_cpu() is model
     assert any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_a_dtype_that_this_cpu_is_slow_with_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(cpu.logger, "warning_once", said.append)
+    optimize_for_cpu(tiny_llama(dtype=torch.float32))
+    assert not said
+    monkeypatch.setattr(cpu, "multiplies_natively", lambda dtype, device: False)
+    optimize_for_cpu(tiny_llama(dtype=torch.bfloat16))
+    assert len(said) == 1
+    assert "computes in bfloat16" in said[0]
 
 
 def test_another_attention_is_left_alone():

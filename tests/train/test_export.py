@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from swiftkv_models import rewrite
+from swiftkv_train.distill import distill
 from swiftkv_train.errors import RunError
-from swiftkv_train.export import arctic_tensors, held_out_at
+from swiftkv_train.export import arctic_tensors, export, held_out_at
 from swiftkv_train.export.card import model_card
 from swiftkv_train.export.check import check_stored
+from swiftkv_train.loading import load_model, load_tokenizer
 from swiftkv_train.run_directory import RunDirectory
 from tiny import randomise_tail, tiny_llama
 
@@ -28,6 +30,19 @@ def test_held_out_figures_that_are_no_numbers_are_not_on_the_card():
     card = model_card(config, {"base": "models/x", "step": 3, "held_out": held_out}, "hf")
     assert "| prose | 0.125 |" in card
     assert "chats" not in card
+
+
+@pytest.mark.parametrize(("asked", "exported"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_the_dtype_that_is_exported_is_the_bases_own_unless_the_recipe_says_one(
+    make_recipe, debug_files, monkeypatch, asked, exported
+):
+    monkeypatch.setattr("swiftkv_kernels.backends.multiplies_natively", lambda dtype, device: dtype == torch.float32)
+    load_model(str(debug_files / "models/debug")).to(torch.bfloat16).save_pretrained("stored")
+    load_tokenizer(str(debug_files / "models/debug")).save_pretrained("stored")
+    recipe = make_recipe(model__base="stored", model__dtype=asked, training__output_dir="run")
+    assert distill(recipe, calibrate_only=True, quiet=True) == 0
+    export("run", "checkpoint", format="arctic", report=lambda text: None)
+    assert {tensor.dtype for tensor in load_file("checkpoint/model.safetensors").values()} == {exported}
 
 
 @pytest.mark.parametrize("damage", ["value", "missing", "odd"])

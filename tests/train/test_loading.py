@@ -7,15 +7,26 @@ import json
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from swiftkv_kernels import backends
+from swiftkv_models import cpu
+from swiftkv_train import loading
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import load_config, load_for_inference, load_model, load_tokenizer
+from swiftkv_train.loading import (
+    compute_dtype,
+    describe_dtype,
+    load_config,
+    load_for_inference,
+    load_model,
+    load_tokenizer,
+)
 
 WEIGHT = "model.layers.2.mlp.up_proj.weight"
 
@@ -92,6 +103,55 @@ def test_of_the_settings_for_generation_only_sampling_is_left_for_inference(mode
     output = loaded.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
     assert output.shape == (1, 5)
     assert load_model(str(model)).generation_config.max_length == 4096  # what is exported again is not touched
+
+
+@pytest.fixture
+def stored_in_bf16(model):
+    load_model(str(model)).to(torch.bfloat16).save_pretrained(model)
+    return str(model)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_compute_dtype_of_a_recipe(monkeypatch, native):
+    monkeypatch.setattr(backends, "multiplies_natively", lambda dtype, device: native or dtype == torch.float32)
+    assert compute_dtype("auto") == (torch.bfloat16 if native else torch.float32)
+    assert compute_dtype("bfloat16") == torch.bfloat16  # who asks for it gets it
+    assert ("several times slower" in describe_dtype("bfloat16", torch.bfloat16)) is not native
+    assert describe_dtype("float32", torch.float32) == "float32"
+
+
+def test_16_bits_become_32_for_inference_where_there_are_no_such_products(stored_in_bf16, monkeypatch, capsys):
+    tokens = torch.tensor([[5, 6, 7]])
+    expected = load_model(stored_in_bf16).float()(tokens).logits
+
+    def no_16_bits(dtype, device):
+        return dtype == torch.float32
+
+    for module in (backends, cpu):
+        monkeypatch.setattr(module, "multiplies_natively", no_16_bits)
+    loaded = load_for_inference(stored_in_bf16)
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-5, atol=1e-5)  # but for the order of sums
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr(loading, "_room_for_float32", lambda model, device: False)
+    assert load_for_inference(stored_in_bf16).dtype == torch.bfloat16
+
+
+def test_16_bits_stay_where_there_are_such_products_or_they_are_asked_for(stored_in_bf16, monkeypatch):
+    monkeypatch.setattr(backends, "multiplies_natively", lambda dtype, device: True)
+    assert load_for_inference(stored_in_bf16).dtype == torch.bfloat16
+    monkeypatch.setattr(backends, "multiplies_natively", lambda dtype, device: False)
+    assert load_for_inference(stored_in_bf16, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_room_for_float32(monkeypatch):
+    model = torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)  # 2 MiB that become 4
+    for free, enough in ((3 * 2**20, True), (2 * 2**20, False)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert loading._room_for_float32(model, torch.device("cpu")) is enough
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (2 * free, 10**12))
+        assert loading._room_for_float32(model, torch.device("cuda")) is enough
 
 
 def test_without_settings_for_generation(model, capsys):

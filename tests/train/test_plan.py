@@ -15,7 +15,7 @@ from swiftkv_train.cli import main
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate.speed import cache_bytes_per_token as cache_bytes_found
-from swiftkv_train.loading import dtype_of
+from swiftkv_train.loading import compute_dtype
 from swiftkv_train.moments import accumulate_moments
 from swiftkv_train.plan import model_on_meta, plan
 from swiftkv_train.plan.advice import RESERVED, first_that_fits
@@ -88,7 +88,7 @@ def test_the_peak_on_a_gpu_is_the_measured_one(scratch, settings):
 def test_the_tail_keeps_for_its_backward_pass_what_autograd_is_seen_to_keep(make_recipe, family, changes, group):
     rows, length = 2, 48
     recipe = make_recipe(data__sequence_length=length, **changes)
-    dtype = dtype_of(recipe.model.dtype)
+    dtype = compute_dtype(recipe.model.dtype)
     base = tiny_llama(family, dtype=dtype, attn_implementation=recipe.model.attention)
     model = rewrite(base, num_key_value_layers=3, key_value_group_size=group).requires_grad_(False)
     use_training_attention(model)
@@ -282,7 +282,7 @@ def test_the_sums_of_a_calibration_are_counted(make_recipe, group):
     """What a K/V head's own weighting holds more than a layer's, against the sums themselves."""
     shared = {"rewrite__key_value_group_size": group}
     recipes = {kind: make_recipe(calibration__weighting=kind, **shared) for kind in ("head", "layer")}
-    model = model_on_meta(recipes["head"])
+    model = model_on_meta(recipes["head"], "cpu")
     planned = [training_memory(model, recipe, device="cpu").calibration for recipe in recipes.values()]
     found = []
     for kind, recipe in recipes.items():
@@ -296,7 +296,7 @@ def test_the_sums_of_a_calibration_are_counted(make_recipe, group):
 
 def test_a_lighter_calibration_is_proposed_where_it_is_what_does_not_fit(make_recipe):
     recipe = make_recipe()
-    model = model_on_meta(recipe)
+    model = model_on_meta(recipe, "cpu")
     memory = training_memory(model, recipe, device="cuda")
     light = training_memory(model, make_recipe(calibration__weighting="layer"), device="cuda")
     assert memory.calibration > light.calibration > memory.step  # of so small a model

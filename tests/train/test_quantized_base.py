@@ -105,7 +105,7 @@ def test_a_run_trains_resumes_and_exports_the_exact_base(make_recipe, kind):
 
 def test_the_plan_counts_packed_weights(make_recipe):
     plain, packed = make_recipe(), make_recipe(model__quantization="nf4")
-    model = model_on_meta(plain)
+    model = model_on_meta(plain, "cpu")
     sizes = [layer.weight.numel() for layer in quantizable_layers(model).values()]
     saved = training_memory(model, plain).weights - training_memory(model, packed).weights
     assert saved == pytest.approx(sum(sizes) * (4 - BYTES["nf4"]) - max(sizes) * 4, abs=1)

@@ -75,7 +75,7 @@ def test_an_unknown_key_is_told_before_the_missing_one_that_it_explains():
         ("training.betas=[0.9, 1.0]", "training.betas.1: Input should be less than 1"),
         ("training.seed=-1", "training.seed: Input should be greater than or equal to 0"),
         ("training.output_dir=''", "training.output_dir: String should have at least 1 character"),
-        ("model.dtype=int8", "model.dtype: Input should be 'bfloat16', 'float16' or 'float32' (found 'int8')"),
+        ("model.dtype=int8", "model.dtype: Input should be 'auto', 'bfloat16', 'float16' or 'float32' (found 'int8')"),
         ("loss=3", "loss must be a section with keys of its own (temperature, hidden_mse), found 3"),
         ("data.train=[]", "data.train: List should have at least 1 item"),
         ("data.train.1.name=prose", "data.train: two sources are named 'prose'"),
