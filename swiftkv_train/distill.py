@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +139,8 @@ def learning_rate(training: TrainingSection, step: int) -> float:
         height = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         assert training.decay is not None  # set where the recipe leaves it out
-        height = min(1.0, (training.steps - step) / (math.floor(training.decay * training.steps) + 1))
+        falling = min(math.floor(training.decay * training.steps), training.steps - warmup)
+        height = min(1.0, (training.steps - step) / (falling + 1))
     floor = training.final_learning_rate
     return training.learning_rate * (floor + (1 - floor) * height)
 
@@ -151,9 +152,9 @@ def calibrate(
     length, rows = recipe.data.sequence_length, recipe.training.micro_batch_size
     sequences = max(1, recipe.calibration.tokens // length)
     ranks = accelerator.num_processes
-    mine = [index for index in range(sequences) if index % ranks == accelerator.process_index]
+    mine = range(accelerator.process_index, sequences, ranks)
 
-    def batches(numbers: list[int]) -> Iterator[Batch]:
+    def batches(numbers: Sequence[int]) -> Iterator[Batch]:
         for start in range(0, len(numbers), rows):
             yield data.batch_of(numbers[start : start + rows])
 
@@ -230,9 +231,17 @@ class Distillation:
         pad = pad_token_id(tokenizer)
         vocabulary = model.config.vocab_size
         check_heads(recipe, model.config)
-        with accelerator.main_process_first():
-            self.data = load_training_data(recipe.data, tokenizer, vocabulary, pad, base=recipe.model, report=report)
-            sources = load_held_out(recipe.data, tokenizer, vocabulary, base=recipe.model, report=report)
+        mistake: UserError | None = None
+        with accelerator.main_process_first():  # which an error must not leave: the others wait for its end
+            try:
+                self.data = load_training_data(
+                    recipe.data, tokenizer, vocabulary, pad, base=recipe.model, report=report
+                )
+                sources = load_held_out(recipe.data, tokenizer, vocabulary, base=recipe.model, report=report)
+            except UserError as error:
+                mistake = error
+        if mistake is not None:
+            raise mistake
         self.held_out = {
             source.name: held_out_batches(
                 source, recipe.data.sequence_length, training.evaluate_tokens, training.micro_batch_size, pad

@@ -16,6 +16,8 @@ from swiftkv_train.generation_settings import check_settings, kept_settings, unu
 if TYPE_CHECKING:
     import torch
 
+    from swiftkv_train.recipe import Recipe
+
 # transformers' annotations of `to`, `generate` and the tokenizers' calls reject right uses of them.
 Model: TypeAlias = Any  # a causal language model of transformers
 Tokenizer: TypeAlias = Any  # a fast tokenizer of transformers
@@ -113,9 +115,14 @@ def load_model(
 
 
 def load_for_inference(
-    path: str, *, dtype: torch.dtype | str = "auto", revision: str | None = None, **arguments: Any
+    path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    optimized: bool = True,
+    **arguments: Any,
 ) -> Model:
-    """`load_model`'s, on the GPU if there is one, on a CPU optimised for it: for inference alone.
+    """`load_model`'s, on the GPU if there is one, on a CPU `optimized` for it: for inference alone.
 
     A model stored in 16 bits computes in float32 where the device has no such products and there is room. Of its
     settings for generation only those are left that answers are sampled with here.
@@ -132,7 +139,8 @@ def load_for_inference(
     model.generation_config = kept_settings(model.generation_config)
     if unused := unused_settings(generation_settings(path, model.config.vocab_size, revision=revision)):
         print(f"note: of {path}'s generation_config.json is not used: {', '.join(unused)}", file=sys.stderr)
-    return optimize_for_cpu(model.to(device))
+    model.to(device)
+    return optimize_for_cpu(model) if optimized else model
 
 
 def _room_for_float32(model: Model, device: torch.device) -> bool:
@@ -226,6 +234,8 @@ def load_config(
 
     _check_present(path)
     if Path(path).is_dir():
+        if revision is not None:
+            raise UserError(f"model {path} is a directory, which has no revision {revision}; that goes with a hub id")
         read_json(Path(path) / "config.json")
     try:
         with _quiet():
@@ -235,6 +245,13 @@ def load_config(
     if config.model_type not in families:
         raise UserError(f"model {path} is of family {config.model_type!r}; this command takes {' or '.join(families)}")
     return config
+
+
+def check_context(recipe: Recipe, config: Any) -> None:
+    """Raises UserError where a recipe's sequences are longer than the context of its base, whose `config` this is."""
+    length, context = recipe.data.sequence_length, config.max_position_embeddings
+    if length > context:
+        raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> Tokenizer:

@@ -180,11 +180,18 @@ class Source(Section):
     def _one_origin(self) -> Source:
         if [self.path, self.dataset, self.generate].count(None) != 2:
             raise ValueError("a source needs exactly one of `path`, `dataset` and `generate`")
-        if self.dataset is None and (self.streaming or self.revision is not None):
-            raise ValueError("`streaming` and `revision` go with `dataset`")
+        of_dataset = self.streaming or self.revision is not None or self.subset is not None or self.split != "train"
+        if self.dataset is None and of_dataset:
+            raise ValueError("`subset`, `split`, `revision` and `streaming` go with `dataset`")
         if self.generate is not None and (self.field is not None or self.kind != "auto"):
             raise ValueError("`field` and `kind` do not go with `generate`")
         return self
+
+
+def _own_text() -> dict[str, Any]:
+    """What `data: self` is short for: train on what the base says, and hold out a little of it."""
+    held_out = {"conversations": 64, "seed": 1}
+    return {"train": [{"name": "self", "generate": {}}], "held_out": [{"name": "self", "generate": held_out}]}
 
 
 class DataSection(Section):
@@ -205,11 +212,7 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _self_is_short(cls, value: Any) -> Any:
-        """`data: self`: train on what the base says, and hold out a little of it."""
-        if value != "self":
-            return value
-        held_out = {"conversations": 64, "seed": 1}
-        return {"train": [{"name": "self", "generate": {}}], "held_out": [{"name": "self", "generate": held_out}]}
+        return _own_text() if value == "self" else value
 
     @field_validator("train", "held_out", "test")
     @classmethod
@@ -368,6 +371,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(text: str, origin: str, overrides: list[str] | None = None) -> Recipe:
     """`load_recipe` for text already read; `origin` names it in errors."""
     content = _content(text, Path(origin), [])
+    if content.get("data") == "self" and overrides:
+        content["data"] = _own_text()
     for override in overrides or []:
         _apply_override(content, override)
     try:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import compute_device, tell_deepspeed_of_cpu
+from swiftkv_train.loading import compute_device, one_line, tell_deepspeed_of_cpu
 from swiftkv_train.quantized_base import import_bitsandbytes
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.student import tail_parameters, trainable_parameters
@@ -306,6 +306,9 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     training, path = recipe.training, recipe.distributed.deepspeed_config
     stage = int(recipe.distributed.strategy.removeprefix("zero"))
     config = _read_json(path) if path else {}
+    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "optimizer", "scheduler"):
+        if not (config.get(section) in (None, "auto") or isinstance(config[section], dict)):
+            raise UserError(f"{path}: {section} is {json.dumps(config[section])}; it must be a JSON object")
     decided = {
         "zero_optimization.stage": (stage, f"distributed.strategy {recipe.distributed.strategy}"),
         "sequence_parallel_size": (None, "distributed.sequence_parallel"),
@@ -355,8 +358,8 @@ def _read_json(path: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"distributed.deepspeed_config {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"distributed.deepspeed_config {path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"distributed.deepspeed_config {path} is not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"distributed.deepspeed_config {path} must hold a JSON object")
     return content

@@ -12,10 +12,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from swiftkv_models import PACKED_CAUSAL, SDPA, LlamaSwiftKVForCausalLM, RewriteError, rewrite
+from swiftkv_models.rope import inverse_frequencies
 from swiftkv_train.errors import UserError
-from swiftkv_train.loading import Model, compute_dtype, load_model
+from swiftkv_train.loading import Model, check_context, compute_dtype, load_model
+from swiftkv_train.pair import first_difference
 from swiftkv_train.quantized_base import quiet_bitsandbytes
 from swiftkv_train.recipe import LoraSection, Recipe
+
+ROUNDING = 0.02  # of a tensor's norm: more than bf16's, and less than models that were trained apart differ by
 
 
 def build_model(recipe: Recipe, dtype: torch.dtype | str | None = None) -> LlamaSwiftKVForCausalLM:
@@ -34,9 +38,11 @@ def build_model(recipe: Recipe, dtype: torch.dtype | str | None = None) -> Llama
 
 def rewritten(base: Model, recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     """`base` in the form that a recipe wants. Raises UserError where it has none to train, or too short a context."""
-    length, context = recipe.data.sequence_length, base.config.max_position_embeddings
-    if length > context:
-        raise UserError(f"data.sequence_length {length} is longer than the context of {recipe.model.base}, {context}")
+    check_context(recipe, base.config)
+    try:
+        inverse_frequencies(base.config, "a checkpoint that streams")
+    except ValueError as error:
+        raise UserError(f"model {recipe.model.base}: {error}") from None
     first, layers = recipe.rewrite.num_key_value_layers, base.config.num_hidden_layers
     if first == layers:
         raise UserError(f"rewrite.num_key_value_layers {first} leaves no layer to train; give 1 to {layers - 1}")
@@ -164,4 +170,6 @@ def load_exported_tail(model: LlamaSwiftKVForCausalLM, path: str) -> None:
                 f"rewrite.init_from {path} has {name}={getattr(exported.config, name)}, "
                 f"the recipe says {getattr(model.config, name)}"
             )
+    if odd := first_difference(exported, model, ROUNDING):
+        raise UserError(f"rewrite.init_from {path} was made from another base: {odd} differs; give one of this base")
     load_trained(model, tail_parameters(exported), f"rewrite.init_from {path}")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from swiftkv_train.durable import write_text
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import one_line
 from swiftkv_train.recipe import Recipe, WandbSection
@@ -142,7 +143,9 @@ def flatten(row: dict[str, Any]) -> dict[str, float]:
 
 def _wandb_id(directory: Path) -> str:
     file = directory / "wandb/id"
-    if not file.exists():
+    known = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
         file.parent.mkdir(exist_ok=True)
-        file.write_text(secrets.token_hex(4), encoding="utf-8")
-    return file.read_text(encoding="utf-8").strip()
+        write_text(file, known)
+    return known

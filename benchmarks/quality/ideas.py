@@ -4,7 +4,8 @@
         [--runs outputs/quality/ideas] [--output FILE.json]
 
 A variant is the recipe's own distillation with one thing put in another's place; without names all ideas are run. What
-came of it is in README.md beside this file. An idea is run in one go: one that was stopped half-way has to begin again.
+came of it is in README.md beside this file. An idea is run in one go: the run of one that was stopped half-way has to
+be removed.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Idea:
 class Trial(Distillation):
     """A distillation with the idea in it that its run directory is named after."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool):
-        super().__init__(recipe, resume=resume)
+    def __init__(self, recipe: Recipe, **options: Any):
+        super().__init__(recipe, **options)
         if self.step not in (0, recipe.training.steps):
             raise UserError(f"{self.run.path} holds an idea that was stopped half-way; remove it to begin again")
         self.idea = IDEAS[self.run.path.name]

@@ -15,10 +15,10 @@ import torch
 
 from swiftkv_models import optimize_for_cpu
 from swiftkv_train.bench.baselines import Dense, Ours, sharing_weights
-from swiftkv_train.bench.turns import in_turns, numbers_from, this_device
-from swiftkv_train.errors import UserError
-from swiftkv_train.loading import Model, load_for_inference, load_model
+from swiftkv_train.bench.turns import in_turns, numbers_from
+from swiftkv_train.loading import Model
 from swiftkv_train.machine import environment
+from swiftkv_train.pair import load_pair
 from swiftkv_train.progress import Reporter
 
 SINKS = 4
@@ -37,14 +37,7 @@ def measure(checkpoint: str, base: str, batches: str, contexts: str, repeats: in
     """Seconds of a step of B tokens (medians, taking turns); `speedup`: over the base through transformers alone."""
     rows_of_batch = numbers_from("--batch", batches, 1, "1,16")
     lengths = numbers_from("--context", contexts, SINKS + 1, "512,4096")
-    device = this_device()
-    student = load_for_inference(checkpoint, families=("llama_swiftkv",))
-    teacher = load_model(base, families=("llama",), dtype=str(student.dtype).removeprefix("torch.")).to(device)
-    if student.config.vocab_size != teacher.config.vocab_size:
-        raise UserError(
-            f"vocabulary mismatch: {checkpoint} has {student.config.vocab_size} tokens, {base} has "
-            f"{teacher.config.vocab_size}; give the base that the checkpoint was made from"
-        )
+    student, teacher = load_pair(checkpoint, base, optimized=False)
     models = {"SwiftKV": student, "base": teacher, "base optimized": optimize_for_cpu(sharing_weights(teacher))}
     rows = []
     with Reporter().bar("decode", len(rows_of_batch) * len(lengths), "cells") as advance:

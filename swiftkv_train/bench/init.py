@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for init in ("copy", "calibrated"):
             output = Path(scratch) / init
-            changes = [*(overrides or []), f"rewrite.init={init}", f"training.output_dir={output}"]
+            changes = [*(overrides or []), f"rewrite.init={init}", f"training.output_dir={json.dumps(str(output))}"]
             settings = load_recipe(recipe, changes)
             settings.data.held_out = settings.data.test or settings.data.held_out
             if not settings.data.held_out:

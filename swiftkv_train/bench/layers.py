@@ -5,9 +5,10 @@ Every form is calibrated and measured on the recipe's held-out text, without tra
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
                 f"rewrite.num_key_value_layers={own}",
                 "rewrite.key_value_group_size=1",
                 f"rewrite.key_value_groups={groups}",
-                f"training.output_dir={Path(scratch) / str(len(rows))}",
+                f"training.output_dir={json.dumps(f'{scratch}/{len(rows)}')}",
             ]
             distillation = Distillation(load_recipe(recipe, [*(overrides or []), *changes]))
             distillation.prepare()
@@ -89,10 +90,8 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
 
 
 def _check(text: str) -> None:
-    numbers = text.replace("x", ":").replace("+", ":").split(":")
-    if not all(number.isdecimal() and int(number) > 0 for number in numbers) or (
-        "x" in text and (":" in text or len(numbers) != 2)
-    ):
+    number = "[1-9][0-9]{0,5}"
+    if not re.fullmatch(rf"{number}(x{number}|:{number}(\+{number})*)?", text):
         raise UserError(f"--forms: {text!r} is no form; they look like {EXAMPLE}")
 
 

@@ -9,16 +9,14 @@ import torch
 from swiftkv_train.bench import whole_numbers
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate.speed import time_to_first_token
-from swiftkv_train.loading import load_for_inference
 from swiftkv_train.machine import environment
+from swiftkv_train.pair import load_pair
 
 
 def measure(checkpoint: str, base: str, lengths: str, repeats: int) -> dict[str, Any]:
     """Both through `generate` with one new token, taking turns, in the checkpoint's dtype, on random tokens."""
     wanted = whole_numbers("--lengths", lengths, "512,2048")
-    student = load_for_inference(checkpoint, families=("llama_swiftkv",))
-    dtype = str(student.dtype).removeprefix("torch.")
-    teacher = load_for_inference(base, families=("llama",), dtype=dtype)
+    student, teacher = load_pair(checkpoint, base)
     longest = student.config.max_position_embeddings - 1
     if min(wanted) < 1 or max(wanted) > longest:
         raise UserError(f"--lengths {lengths!r}: every length must be from 1 to {longest}")

@@ -9,6 +9,7 @@ with: how many tokens each needs to be as near to the base as that one is at its
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from swiftkv_train.origin import recipe_origin
 from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
 from swiftkv_train.recipe import Recipe, load_recipe
 from swiftkv_train.run_directory import RunDirectory
+from swiftkv_train.stopping import Stop, Stopped
 
 TEST, HELD_OUT = "test", "held_out"
 GROUPS = (TRAINED_ON, OTHER_KINDS, ALL)
@@ -104,7 +106,7 @@ def _recipes(
 
 def variant_of(file: str, overrides: Sequence[str], run: Path, points: int, tokens: int, on: str) -> Recipe:
     """A recipe with its run directory, and its points of measurement for held-out figures."""
-    recipe = load_recipe(file, [*overrides, f"training.output_dir={run}"])
+    recipe = load_recipe(file, [*overrides, f"training.output_dir={json.dumps(str(run))}"])
     sources = recipe.data.test if on == TEST else recipe.data.held_out
     if not sources:
         raise UserError(f"recipe {file} names no data.{on} to measure on")
@@ -129,12 +131,16 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 def _variant(name: str, recipe: Recipe, make: Callable[..., Distillation]) -> tuple[dict[str, Any], Any]:
     """Train it, or what is left of it. Also its model."""
     run = RunDirectory(recipe.training.output_dir)
-    distillation = make(recipe, resume=run.recipe_path.exists())
-    distillation.report.line(f"variant     {name}")
-    status = distillation.train()
-    distillation.strategy.close()
-    if status:
+    with Stop().watching() as stop:
+        try:
+            distillation = make(recipe, resume=run.recipe_path.exists(), stop=stop)
+            distillation.report.line(f"variant     {name}")
+            distillation.train()
+        except Stopped:  # before there is a run
+            pass
+    if stop.signal:
         raise RunError(f"{name} was stopped; the same command goes on from there")
+    distillation.strategy.close()
     trained = {source.name for source in recipe.data.train}
     rows = run.metrics.rows()
     for row in rows:

@@ -241,7 +241,9 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens per source.")] = 16_384,
     gate: Annotated[
         list[str] | None,
-        typer.Option(help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it."),
+        typer.Option(
+            help="FIGURE=LIMIT, for instance kl=0.2; exit 1 beyond it: of each --data, else of all kinds trained on."
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from swiftkv_train.data.load import load_held_out, load_sources, load_training_data
-from swiftkv_train.loading import load_config, load_tokenizer, pad_token_id
+from swiftkv_train.loading import check_context, load_config, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Recipe
 
@@ -24,7 +24,9 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
         UserError, RunError: see `tokenize_source`, `check_no_overlap` and `TrainingData`.
     """
     report, data, model = Reporter(enabled=not quiet), recipe.data, recipe.model
-    vocab_size = load_config(model.base, revision=model.revision, families=("llama",)).vocab_size
+    config = load_config(model.base, revision=model.revision, families=("llama",))
+    check_context(recipe, config)
+    vocab_size = config.vocab_size
     tokenizer = load_tokenizer(model.base, revision=model.revision)
     pad = pad_token_id(tokenizer)
     training = load_training_data(data, tokenizer, vocab_size, pad, base=model, report=report)

@@ -13,17 +13,6 @@ from swiftkv_train.loading import Model
 from swiftkv_train.quality import ROWS, Quality, summarise, token_measures
 
 SMALLEST_BUCKET = 16
-UNCHANGED = (  # settings that shapes do not tell of
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "mlp_bias",
-)
 
 
 @dataclass
@@ -59,23 +48,6 @@ def source_quality(student: Model, base: Model, batches: list[Batch], advance: C
             buckets[f"{low}-{high - 1}"] = summarise(rows[chosen])
         low, high = high, high * 2
     return SourceQuality(summarise(rows), buckets, rows)
-
-
-def first_difference(student: Model, base: Model) -> str | None:
-    """What first differs of that which a rewrite leaves as it is in the base: a setting, or a tensor by name."""
-    for name in UNCHANGED:
-        if getattr(student.config, name) != getattr(base.config, name):
-            return name
-    modules = dict(student.named_modules())
-    for path, module in base.named_modules():
-        mine = modules.get(path)
-        if mine is None or any(module.children()):  # a projection that an export leaves out; leaves hold the tensors
-            continue
-        held = mine.state_dict()
-        for name, tensor in module.state_dict().items():
-            if not torch.equal(held[name], tensor):
-                return f"{path}.{name}"
-    return None
 
 
 def _last_hidden_states(student: Model, base: Model, batch: Batch) -> list[torch.Tensor]:

@@ -65,10 +65,25 @@ def _task_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--tasks {path} is no YAML without functions: {one_line(error)}") from None
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
         raise UserError(f"--tasks {path} must be a task of lm-evaluation-harness, with its name as `task`")
-    files = (task.get("dataset_kwargs") or {}).get("data_files")
-    if isinstance(files, dict):
-        task["dataset_kwargs"]["data_files"] = {split: str(path.parent / file) for split, file in files.items()}
+    arguments = task.get("dataset_kwargs")
+    if arguments is None:
+        return task
+    if not isinstance(arguments, dict):
+        raise UserError(f"--tasks {path}: dataset_kwargs must be a mapping, found {arguments!r}")
+    if arguments.get("data_files") is not None:
+        arguments["data_files"] = _beside(path, arguments["data_files"])
     return task
+
+
+def _beside(path: Path, files: Any) -> Any:
+    """Data files as `datasets` takes them: a name, names, or those of each split; URLs stay."""
+    if isinstance(files, dict):
+        return {split: _beside(path, named) for split, named in files.items()}
+    if isinstance(files, list):
+        return [_beside(path, named) for named in files]
+    if not isinstance(files, str):
+        raise UserError(f"--tasks {path}: dataset_kwargs.data_files must name files, found {files!r}")
+    return files if "://" in files else str(path.parent / files)
 
 
 def compare_on_tasks(

@@ -14,6 +14,7 @@ from debug_recipe import write_recipe
 from swiftkv_train.cli import main
 from swiftkv_train.data import load_training_data
 from swiftkv_train.data.prepare import prepare
+from swiftkv_train.errors import UserError
 from swiftkv_train.loading import load_tokenizer
 from swiftkv_train.recipe import Recipe, load_recipe
 from tiny import tiny_llama
@@ -43,6 +44,11 @@ def recipe(tmp_path, monkeypatch, write_jsonl, make_tokenizer) -> Path:
 
 def load(recipe: Recipe):
     return load_training_data(recipe.data, load_tokenizer(recipe.model.base), 400, 2)
+
+
+def test_sequences_longer_than_the_context_are_refused(recipe):
+    with pytest.raises(UserError, match="sequence_length 3000000 is longer than the context of models/debug"):
+        prepare(load_recipe(recipe, ["data.sequence_length=3000000"]))
 
 
 def test_every_source_is_in_the_cache_and_no_weight_was_read(recipe):

@@ -21,8 +21,13 @@ def parse(*overrides: str) -> Recipe:
         ("{name: s}", "data.train.0: a source needs exactly one of `path`, `dataset` and `generate`"),
         ("{name: s, path: a, generate: {}}", "data.train.0: a source needs exactly one of `path`, `dataset` and"),
         ("{name: s, dataset: a, generate: {}}", "data.train.0: a source needs exactly one of"),
-        ("{name: s, path: a, streaming: true}", "data.train.0: `streaming` and `revision` go with `dataset`"),
-        ("{name: s, generate: {}, revision: main}", "data.train.0: `streaming` and `revision` go with `dataset`"),
+        ("{name: s, path: a, streaming: true}", "data.train.0: `subset`, `split`, `revision` and `streaming` go with"),
+        (
+            "{name: s, generate: {}, revision: main}",
+            "data.train.0: `subset`, `split`, `revision` and `streaming` go with",
+        ),
+        ("{name: s, path: a, split: test}", "data.train.0: `subset`, `split`, `revision` and `streaming` go with"),
+        ("{name: s, path: a, subset: b}", "data.train.0: `subset`, `split`, `revision` and `streaming` go with"),
         ("{name: s, generate: {}, field: text}", "data.train.0: `field` and `kind` do not go with `generate`"),
         ("{name: s, generate: {}, kind: chat}", "data.train.0: `field` and `kind` do not go with `generate`"),
         ("{name: s, generate: {temprature: 1}}", "unknown key 'data.train.0.generate.temprature'; did you mean 'temp"),
@@ -50,6 +55,14 @@ def test_data_self_is_short_for_two_generated_sources():
     assert train.conversations > held_out.conversations
     again = parse_recipe(parse("data=self").to_yaml(), "stored.yaml")
     assert again.data == data
+
+
+def test_what_data_self_is_short_for_can_be_changed():
+    text = TEXT[: TEXT.index("\ndata:")] + "\ndata: self\n" + TEXT[TEXT.index("\nloss:") :]
+    data = parse_recipe(text, "r.yaml", ["data.cache_dir=elsewhere", "data.train.0.generate.conversations=7"]).data
+    assert data.cache_dir == "elsewhere"
+    assert data.train[0].generate.conversations == 7
+    assert parse_recipe(text, "r.yaml").data.held_out == data.held_out
 
 
 @pytest.mark.parametrize("value", ["other", "3", "[self]"])

@@ -114,6 +114,15 @@ def test_a_resumed_run_is_exact_and_may_go_on_under_another_strategy(workplace, 
     assert exported.status == 0, exported.err
 
 
+def test_a_mistake_in_the_data_is_told_by_every_process_in_a_line(workplace, port):
+    recipe = write_recipe(workplace / "recipe.yaml", {"data.train.0.path": "absent.jsonl"})
+    error = launch(recipe, cwd=workplace, port=port).stderr
+    own = error[: error.index("Traceback")] if "Traceback" in error else error  # the launcher's
+    assert own.count("error: data source") + own.count("absent.jsonl") >= 2
+    assert "gloo" not in error
+    assert "distill.py" not in error
+
+
 @pytest.mark.distributed
 def test_a_users_deepspeed_settings_are_taken_and_may_not_contradict_the_recipe(workplace, port):
     recipe = write_recipe(workplace / "recipe.yaml", {"training.steps": 1})

@@ -60,6 +60,16 @@ def test_prefill(result_of):
         assert row["ratio"] == row["student_seconds"] / row["base_seconds"]
 
 
+def test_prefill_of_another_base_is_refused(bench):
+    rewrite(load_model("models/debug"), num_key_value_layers=3).save_pretrained("checkpoint")
+    other = load_model("models/debug")
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    other.save_pretrained("other")
+    status, out, err = bench("prefill", "checkpoint", "--base", "other", "--lengths", "16")
+    assert (status, out) == (2, "")
+    assert "error: other is not the model that checkpoint was made from: model.layers.0.mlp.up_proj.weight" in err
+
+
 def test_loss(result_of):
     result = result_of("loss", "--vocabulary", "4096", "--hidden-size", "32", "--rows", "512", "--repeats", "2")
     (row,) = result["rows"]

@@ -39,6 +39,8 @@ def test_ranks():
         ("3x0", "--forms: '3x0' is no form"),
         ("3x²", "--forms: '3x²' is no form"),
         ("3x1+2", "--forms: '3x1+2' is no form"),
+        ("3+2", "--forms: '3+2' is no form"),
+        ("3:1:2", "--forms: '3:1:2' is no form"),
         ("6", "--forms 6: l must be between 1 and 5"),
         ("3:1+1", "--forms 3:1+1: the sizes must add up to the 3 layers from 3 on"),
     ],

@@ -1,6 +1,7 @@
 """`swiftkv bench quality`: what it reports is what each variant's own run logged, and it goes on where it was."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from debug_recipe import metrics, write_recipe
 from swiftkv_train.bench import quality
+from swiftkv_train.distill import Distillation
 from swiftkv_train.quality import Quality, by_kind, pooled
 from swiftkv_train.recipe import load_recipe
 
@@ -67,6 +69,30 @@ def test_a_second_call_trains_nothing_again(bench, variants, monkeypatch):
     status, second, _ = bench(*call)
     assert status == 0
     assert json.loads(second)["variants"] == json.loads(first)["variants"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_signal_has_stopped_goes_on_where_it_was(bench, result_of, variants, monkeypatch, number):
+    plain, seen = Distillation.train_step, []
+
+    def train_step(self):
+        if len(seen) == 1:
+            seen.append("signal")
+            signal.raise_signal(number)
+        row = plain(self)
+        seen.append(self.step)
+        return row
+
+    monkeypatch.setattr(Distillation, "train_step", train_step)
+    call = ["quality", *variants, "--points", "1", "--tokens", "256"]
+    status, out, err = bench(*call, "--runs", "my #1 runs")
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == "error: copied was stopped; the same command goes on from there"
+    stopped = result_of(*call, "--runs", "my #1 runs")
+    assert seen == [1, "signal", 2, 3, 4, 1, 2, 3, 4]  # of both variants every step once
+    whole = result_of(*call)
+    for variant, other in zip(stopped["variants"], whole["variants"], strict=True):
+        assert variant["points"] == other["points"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The training step against an independent one, and what must not change its result."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -117,6 +118,14 @@ def test_the_learning_rate_rises_and_falls_as_stated(schedule, step, rate):
         final_learning_rate=0.2,
     )
     assert learning_rate(training, step) == pytest.approx(rate, rel=1e-12)
+
+
+def test_a_fall_longer_than_what_is_left_after_the_warm_up_begins_at_the_peak():
+    training = TrainingSection(output_dir="x", steps=100, batch_size=1, learning_rate=1.0, warmup=0.5, decay=1.0)
+    rates = [learning_rate(training, step) for step in range(101)]
+    assert rates[:50] == pytest.approx([(step + 1) / 50 for step in range(50)])
+    assert all(0 < before - after < 1 / 49 for before, after in itertools.pairwise(rates[49:]))  # no jump
+    assert rates[100] == training.final_learning_rate
 
 
 def test_without_warm_up_the_first_step_has_the_peak():

@@ -43,3 +43,14 @@ def test_whose_texts(checkpoint, tmp_path, capsys, own):
     assert (f"card        {checkpoint / 'README.md'} has these figures" in capsys.readouterr().err) != own
     assert (UNSEEN in report) != own
     assert ("of texts given by --data" in report) == own
+
+
+def test_a_template_that_refuses_a_lone_question_and_a_short_context(checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
+    tokenizer.save_pretrained(checkpoint)
+    prose = ["mine=data/debug/prose.held_out.jsonl"]
+    options = {"base": "models/debug", "data": prose, "tokens": 64, "prompt_lengths": (16, 10**9), "new_tokens": 2}
+    result = evaluate(str(checkpoint), report_dir=tmp_path / "report", **options)
+    assert len(result["generations"]) == 3
+    assert [row["prompt_tokens"] for row in result["time_to_first_token"]] == [16]

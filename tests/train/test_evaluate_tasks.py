@@ -93,12 +93,30 @@ def test_a_file_of_questions_is_asked_of_both(task):
 
 
 @pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("a.jsonl", "DIR/a.jsonl"),
+        (["a.jsonl", "/x/b.jsonl"], ["DIR/a.jsonl", "/x/b.jsonl"]),
+        ({"test": ["a", "b"], "train": "hf://datasets/c"}, {"test": ["DIR/a", "DIR/b"], "train": "hf://datasets/c"}),
+    ],
+)
+def test_data_files_are_beside_their_task(tmp_path, named, found):
+    path = tmp_path / "t.yaml"
+    path.write_text(json.dumps({"task": "x", "dataset_kwargs": {"data_files": named}}))
+    (task,) = load_tasks([str(path)]).tasks
+    expected = json.loads(json.dumps(found).replace("DIR", str(tmp_path)))
+    assert task == {"task": "x", "dataset_kwargs": {"data_files": expected}}
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         (None, "cannot be read: No such file"),
         ("task: [", "is no YAML without functions"),
         ("a: 1", "must be a task of lm-evaluation-harness, with its name as `task`"),
         ("task: x\nprocess: !function a.b", "is no YAML without functions"),
+        ("task: x\ndataset_kwargs: foo", "dataset_kwargs must be a mapping, found 'foo'"),
+        ("task: x\ndataset_kwargs: {data_files: 3}", "data_files must name files, found 3"),
     ],
 )
 def test_files_that_are_no_tasks(tmp_path, text, says):

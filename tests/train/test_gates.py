@@ -11,7 +11,7 @@ from swiftkv_train.evaluate import _check_gate
 def result(*figures):
     """One source for each of `figures`, which are its kl, agreement and time to the first token."""
     rows = [{"kl": figure, "agreement": figure, "ratio": figure} for figure in figures]
-    return {"held_out": None, "sources": dict(enumerate(rows)), "time_to_first_token": rows}
+    return {"held_out": None, "own_data": True, "sources": dict(enumerate(rows)), "time_to_first_token": rows}
 
 
 @pytest.mark.parametrize("figure", ["kl", "agreement", "time_to_first_token_ratio"])
@@ -29,3 +29,13 @@ def test_nan_passes_no_gate(figure, figures):
 def test_the_worst_source_is_named(figure, limit, says):
     with pytest.raises(RunError, match=says):
         _check_gate(result(0.5, 0.7, 0.3, 0.65, 0.35), figure, limit)
+
+
+@pytest.mark.parametrize("own_data", [True, False])
+def test_every_source_of_ones_own_is_judged_and_of_a_recipe_what_was_trained_on(own_data):
+    found = {**result(0.1, 0.9), "held_out": {"kl": 0.1}, "own_data": own_data}
+    if own_data:
+        with pytest.raises(RunError, match=r"kl is 0\.9000"):
+            _check_gate(found, "kl", 0.5)
+    else:
+        _check_gate(found, "kl", 0.5)

@@ -105,6 +105,11 @@ def test_of_the_settings_for_generation_only_sampling_is_left_for_inference(mode
     assert load_model(str(model)).generation_config.max_length == 4096  # what is exported again is not touched
 
 
+def test_a_directory_has_no_revision(model):
+    with pytest.raises(UserError, match="is a directory, which has no revision v2; that goes with a hub id"):
+        load_model(str(model), revision="v2")
+
+
 @pytest.fixture
 def stored_in_bf16(model):
     load_model(str(model)).to(torch.bfloat16).save_pretrained(model)

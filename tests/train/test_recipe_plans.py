@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from swiftkv_kernels import backends
 from swiftkv_train.cli import main
 from swiftkv_train.plan import plan
 from swiftkv_train.recipe import load_recipe
@@ -137,22 +138,25 @@ def test_the_configurations_scale_their_positions_as_published(name, config_of):
 
 
 def said_of(readme):
-    """The `swiftkv plan` commands of a README: recipe, arguments, what a comment says comes out, GiB."""
-    command = r"^swiftkv plan (recipes/\S+)(.*?) +# (fits|does not fit|peak): ([\d.]+) GiB"
+    """The `swiftkv plan` commands of a README: recipe, arguments, what a comment says comes out, GiB, GiB in float32."""
+    gib = r"([\d.]+) GiB(?: in bfloat16, ([\d.]+) in float32)?"
+    command = rf"^swiftkv plan (recipes/\S+)(.*?) +# (fits|does not fit|peak): {gib}"
     return re.findall(command, readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
-def test_a_readme_states_what_the_plan_says(readme, swiftkv_plan):
+def test_a_readme_states_what_the_plan_says(readme, swiftkv_plan, monkeypatch):
     commands = said_of(readme)
     assert len(commands) == readme.read_text().count("\nswiftkv plan "), "a plan whose outcome is not stated"
-    for path, arguments, outcome, stated in commands:
-        status, planned, said = swiftkv_plan(ROOT / path, *shlex.split(arguments))
-        assert status == (outcome == "does not fit"), said
-        found = planned["memory"]["bytes"]["peak"] / 2**30
-        # Stated to the last digit that is given.
-        digits = len(stated.partition(".")[2])
-        assert found == pytest.approx(float(stated), abs=0.51 * 10**-digits), f"swiftkv plan {path}{arguments}"
+    for path, arguments, outcome, *figures in commands:
+        for native, stated in zip((True, False), filter(None, figures), strict=False):
+            monkeypatch.setattr(backends, "multiplies_natively", lambda dtype, device, native=native: native)
+            status, planned, said = swiftkv_plan(ROOT / path, *shlex.split(arguments))
+            assert status == (outcome == "does not fit"), said
+            found = planned["memory"]["bytes"]["peak"] / 2**30
+            # Stated to the last digit that is given.
+            digits = len(stated.partition(".")[2])
+            assert found == pytest.approx(float(stated), abs=0.51 * 10**-digits), f"swiftkv plan {path}{arguments}"
 
 
 def launched(readme):

@@ -7,8 +7,9 @@ import torch
 
 from swiftkv_models import pack_linears, rewrite
 from swiftkv_train.data import Batch
-from swiftkv_train.evaluate.quality import first_difference, source_quality
+from swiftkv_train.evaluate.quality import source_quality
 from swiftkv_train.export import without_base_projections
+from swiftkv_train.pair import first_difference
 from swiftkv_train.quality import summarise, token_measures
 from tiny import random_ids, randomise_tail, tiny_llama
 

@@ -69,13 +69,26 @@ def test_other_settings_are_taken_and_auto_is_filled_in(make_recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "cannot be read: No such file"), ("{", "is not JSON"), ("[]", "must hold a JSON object")],
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "must hold a JSON object"),
+    ],
 )
 def test_a_file_of_settings_that_is_none(make_recipe, tmp_path, content, says):
     if content is not None:
         (tmp_path / "ds.json").write_text(content)
     recipe = make_recipe(distributed__strategy="zero2", distributed__deepspeed_config="ds.json")
     with pytest.raises(UserError, match=f"ds.json {says}"):
+        deepspeed_config(recipe)
+
+
+@pytest.mark.parametrize("section", ["zero_optimization", "bf16", "scheduler"])
+def test_a_section_of_settings_that_is_none(make_recipe, tmp_path, section):
+    (tmp_path / "ds.json").write_text(json.dumps({section: True}))
+    recipe = make_recipe(distributed__strategy="zero2", distributed__deepspeed_config="ds.json")
+    with pytest.raises(UserError, match=f"ds.json: {section} is true; it must be a JSON object"):
         deepspeed_config(recipe)
 
 

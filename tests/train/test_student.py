@@ -5,13 +5,18 @@ import torch
 
 from swiftkv_models import PACKED_CAUSAL, rewrite
 from swiftkv_train.distill import DistillationModule
+from swiftkv_train.errors import UserError
+from swiftkv_train.export import without_base_projections
+from swiftkv_train.loading import load_model
 from swiftkv_train.recipe import LoraSection, LossSection
 from swiftkv_train.student import (
     add_adapters,
     checkpoint_tail,
     layer_by_layer,
+    load_exported_tail,
     load_trained,
     merge_adapters,
+    rewritten,
     tail_parameters,
     trainable_parameters,
     use_training_attention,
@@ -143,3 +148,27 @@ def test_a_model_runs_on_a_device_part_by_part_and_comes_back_unchanged():
             assert torch.equal(model.model(ids).last_hidden_state, expected)
     assert len(moved) == sum(1 for name in before if name != "lm_head.weight") + 2  # and RoPE's two buffers
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+def test_a_base_whose_streams_would_be_refused_is_refused(make_recipe, debug_files):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    base = tiny_llama(rope_parameters=rope)
+    with pytest.raises(UserError, match=r"^model models/debug: .* do not depend on the length; rope_type is 'dynamic'"):
+        rewritten(base, make_recipe())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tail_goes_on_with_its_own_base_only(make_recipe, dtype):
+    """Rounded as it may be."""
+    base = load_model("models/debug")
+    exported = randomise_tail(rewrite(base, num_key_value_layers=3))
+    without_base_projections(exported).to(torch.bfloat16).save_pretrained("exported")
+    same = rewrite(load_model("models/debug", dtype=dtype), num_key_value_layers=3)
+    load_exported_tail(same, "exported")
+    wanted = exported.model.layers[4].self_attn.k_proj_swiftkv.weight.to(torch.bfloat16)
+    assert torch.equal(same.model.layers[4].self_attn.k_proj_swiftkv.weight.to(torch.bfloat16), wanted)
+    other = load_model("models/debug", dtype=dtype)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.05)
+    with pytest.raises(UserError, match=r"exported was made from another base: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_exported_tail(rewrite(other, num_key_value_layers=3), "exported")

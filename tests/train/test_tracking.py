@@ -11,7 +11,7 @@ from wandb_files import history, records, serving
 
 from swiftkv_train.errors import UserError
 from swiftkv_train.recipe import load_recipe
-from swiftkv_train.tracking import open_trackers
+from swiftkv_train.tracking import _wandb_id, open_trackers
 
 DEBUG_RECIPE = Path(__file__).parents[2] / "recipes/debug/debug.yaml"
 
@@ -85,7 +85,7 @@ import json, sys
 from pathlib import Path
 from swiftkv_train.errors import UserError
 from swiftkv_train.recipe import load_recipe
-from swiftkv_train.tracking import open_trackers
+from swiftkv_train.tracking import _wandb_id, open_trackers
 
 rows, overrides, recipe, kill = json.loads(sys.argv[1])
 warn = lambda text: print(text, flush=True)
@@ -145,6 +145,14 @@ def test_wandb_offline_keeps_one_id(wandb_session, tmp_path):
     runs = [record.run for file in (first, second) for record in records(file) if record.HasField("run")]
     assert {run.run_id for run in runs} == {(tmp_path / "wandb/id").read_text()}
     assert {run.project for run in runs} == {"p"}
+
+
+def test_a_wandb_id_that_was_cut_off_is_made_anew(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/id").write_text("")
+    made = _wandb_id(tmp_path)
+    assert len(made) == 8
+    assert _wandb_id(tmp_path) == made
 
 
 def test_wandb_online_goes_on_in_the_same_run(wandb_session):
