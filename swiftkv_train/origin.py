@@ -60,10 +60,12 @@ def base_origin(model: ModelSection) -> dict[str, Any]:
 
 
 def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two `recipe_origin`s, a line each."""
     return [f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in _differing(before, now)]
 
 
 def content_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Which files or sources differ between two `content_origin`s, a line each."""
     return [f"{name} changed" for name in _differing(before, now)]
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
 import threading
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +25,29 @@ def device_backend(device: torch.device | str) -> str:
     kind = torch.device(device).type
     if kind == "cpu":
         return "cpu"
-    return "triton" if kind == "cuda" and importlib.util.find_spec("triton") else "torch"
+    return "triton" if kind == "cuda" and _can_compile() else "torch"
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Whether triton is there and, on Linux, what it builds its launchers with: a C compiler and Python's headers.
+
+    CUDA wheels of torch bring triton along to where those are missing, and it would fail in the first launch.
+    """
+    if not importlib.util.find_spec("triton"):
+        return False
+    lacking = []
+    if sys.platform == "linux":
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            lacking.append("a C compiler (gcc)")
+        if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+            lacking.append("Python's headers (python3-dev)")
+    if lacking:
+        warnings.warn(
+            f"swiftkv: triton's kernels need {' and '.join(lacking)}; slower operations of torch run instead",
+            stacklevel=2,
+        )
+    return not lacking
 
 
 def multiplies_natively(dtype: torch.dtype, device: torch.device | str) -> bool:

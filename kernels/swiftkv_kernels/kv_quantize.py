@@ -33,7 +33,8 @@ def kv_quantize(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     _check(states, dtype)
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
-    scale = (exact.abs().amax(-1) / LIMITS[dtype]).to(torch.float32).clamp_min_(SMALLEST_SCALE)
+    limit = exact.new_full((), LIMITS[dtype])  # by a number CUDA would multiply with its rounded inverse
+    scale = (exact.abs().amax(-1) / limit).to(torch.float32).clamp_min_(SMALLEST_SCALE)
     # A quotient exceeds the limit by a rounding at most, and rounds to it: nothing is left to clamp.
     steps = exact / scale.unsqueeze(-1)
     if dtype == torch.int8:

@@ -89,8 +89,19 @@ class SegmentLayer(CacheLayerMixin):
         batch, heads, _, size = key_states.shape
         self.cache.allocate_layers(key_states, heads, size)
         if self.keys.device != key_states.device:  # a model in parts
-            self.cache.storage = None
+            if self.cache.storage is not None:
+                self.cache.storage = None
+                for layer in self.cache.segments[: self.index]:
+                    layer.part()
             self.take(*self.cache.allocate((batch, heads), size, key_states.dtype, key_states.device))
+
+    @torch.inference_mode(False)
+    def part(self) -> None:
+        """Hold slots of one's own, and no more the room of all layers."""
+        self.keys, self.values, self.key_scale, self.value_scale = (
+            None if part is None else part.clone()
+            for part in (self.keys, self.values, self.key_scale, self.value_scale)
+        )
 
     def take(
         self,

@@ -29,6 +29,7 @@ MOST_PREFILLS, LEAST_TOKENS = 3, 16  # that are timed: the one takes long, the o
 
 
 def end_to_end(model: Model, batches: Sequence[int], prefix: int, suffix: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a whole model's step after B prompts of `prefix` common and `suffix` own tokens, shared or not."""
     rows = []
     with Reporter().bar("end to end", len(batches), "batches") as advance:
         for batch in batches:

@@ -1,6 +1,7 @@
 """Kernels are made on first use, whichever thread that is in; which products a device has."""
 
 import platform
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swiftkv_kernels import backends
 from swiftkv_kernels.backends import made_once, multiplies_natively
 
 
@@ -61,3 +63,19 @@ def test_an_old_gpu_has_fp16_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not multiplies_natively(torch.bfloat16, "cuda")
     assert multiplies_natively(torch.float16, "cuda")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere triton brings what it needs")
+@pytest.mark.parametrize("lacking", ["triton", "compiler", "headers", ""])
+def test_without_what_triton_builds_with_torch_runs_instead(monkeypatch, tmp_path, recwarn, lacking):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backends, "_can_compile", backends._can_compile.__wrapped__)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if lacking == "triton" else object())
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/gcc" if name == "gcc" and lacking != "compiler" else None)
+    include = tmp_path / "none" if lacking == "headers" else tmp_path
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(include)})
+    assert backends.device_backend("cuda") == ("torch" if lacking else "triton")
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (lacking in ("compiler", "headers"))
+    assert all("triton's kernels need" in text and "torch run instead" in text for text in said)

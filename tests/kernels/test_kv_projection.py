@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swiftkv_kernels import kv_projection_triton
+from swiftkv_kernels import backends, kv_projection_triton
 from swiftkv_kernels.kv_projection import kv_projection, kv_projection_backend, kv_projection_reference
 from swiftkv_kernels.kv_quantize import kv_dequantize, kv_quantize_reference
 
@@ -442,9 +442,9 @@ def test_bad_arguments_name_what_is_wrong():
 
 def test_backend_by_device(monkeypatch):
     assert kv_projection_backend("cpu") == "cpu"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "_can_compile", lambda: True)
     assert kv_projection_backend("cuda:1") == "triton"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_can_compile", lambda: False)
     assert kv_projection_backend(torch.device("cuda")) == "torch"
     assert kv_projection_backend("mps") == "torch"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from naive_segments import BF16, FP8, FP16, FP32, FP64, INT8, Case, assert_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swiftkv_kernels import backends
 from swiftkv_kernels import segment_attention_torch as torch_path
 from swiftkv_kernels import segment_attention_triton as triton_path
 from swiftkv_kernels.segment_attention import segment_attention, segment_attention_backend
@@ -261,9 +261,9 @@ def test_nothing_asked():
 
 def test_backend_by_device(monkeypatch):
     assert segment_attention_backend("cpu") == "cpu"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "_can_compile", lambda: True)
     assert segment_attention_backend("cuda:1") == "triton"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_can_compile", lambda: False)
     assert segment_attention_backend(torch.device("cuda")) == "torch"
     assert segment_attention_backend("mps") == "torch"
 

@@ -466,3 +466,22 @@ def test_a_model_that_has_streamed_is_saved_copied_and_cast(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert torch.equal(stream(copy.deepcopy(model)), answer)
     assert torch.equal(stream(model.to(torch.float64)), answer)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_layers_of_a_model_in_parts_hold_no_more_than_their_own(quantization):
+    """`meta` for another device: half of the layers find out, as they come to it, that they are there."""
+    config = base_model().config
+    cache = SinkWindowCache(config, window=6, attention_sinks=2, quantization=quantization)
+    states = torch.ones(1, config.num_key_value_heads, 1, config.head_dim)
+    half = config.num_hidden_layers // 2
+    for index, layer in enumerate(cache.segments):
+        here = states if index < half else states.to("meta")
+        if not layer.is_initialized or layer.device != here.device:
+            layer.lazy_initialization(here, here)
+        if index == 0:
+            layer.keys[:, :, 3] = 1
+    assert [layer.device.type for layer in cache.segments] == ["cpu"] * half + ["meta"] * (len(cache.segments) - half)
+    for layer in cache.segments:
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in layer.tensors())
+    assert (cache.segments[0].keys[:, :, 3] == 1).all()

@@ -138,7 +138,7 @@ def test_the_configurations_scale_their_positions_as_published(name, config_of):
 
 
 def said_of(readme):
-    """The `swiftkv plan` commands of a README: recipe, arguments, what a comment says comes out, GiB, GiB in float32."""
+    """The `swiftkv plan` commands of a README: recipe, arguments, what is said to come out, GiB, GiB in float32."""
     gib = r"([\d.]+) GiB(?: in bfloat16, ([\d.]+) in float32)?"
     command = rf"^swiftkv plan (recipes/\S+)(.*?) +# (fits|does not fit|peak): {gib}"
     return re.findall(command, readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
