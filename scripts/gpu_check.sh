@@ -7,10 +7,11 @@
 set -uo pipefail
 
 model="${1:+$(realpath "$1")}"
+out="${OUT:+$(realpath --canonicalize-missing "$OUT")}"
 python="$(command -v "${PYTHON:-python3}")" || { echo "error: there is no ${PYTHON:-python3}" >&2; exit 2; }
 python="$(realpath --no-symlinks "$python")"  # a virtual environment's link has to stay one
 cd "$(dirname "$0")/.."
-out="$(realpath --canonicalize-missing "${OUT:-benchmarks/gpu}")"
+out="${out:-$PWD/benchmarks/gpu}"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/model_rewrites${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
