@@ -29,6 +29,7 @@ def chat(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     window: int | None = None,
+    dtype: str = "auto",
 ) -> None:
     """Answer `prompt`, or read messages from the terminal until its end; answers stream to standard output.
 
@@ -51,7 +52,7 @@ def chat(
     if not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template; it is not a chat model")
     check_vocabulary(tokenizer, config.vocab_size, path)
-    model: Any = load_for_inference(path)
+    model: Any = load_for_inference(path, dtype=dtype)
     limit = model.config.max_position_embeddings
     if window is not None and window > limit:
         raise UserError(f"--window {window} is longer than the context of {path}, {limit}")

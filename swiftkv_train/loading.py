@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # transformers' annotations of `to`, `generate` and the tokenizers' calls reject right uses of them.
 Model: TypeAlias = Any  # a causal language model of transformers
 Tokenizer: TypeAlias = Any  # a fast tokenizer of transformers
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def compute_device() -> torch.device:
@@ -124,23 +125,33 @@ def load_for_inference(
 ) -> Model:
     """`load_model`'s, on the GPU if there is one, on a CPU `optimized` for it: for inference alone.
 
-    A model stored in 16 bits computes in float32 where the device has no such products and there is room. Of its
-    settings for generation only those are left that answers are sampled with here.
+    With dtype 'auto' a model stored in 16 bits is `in_native_dtype`. Of its settings for generation only those are left
+    that answers are sampled with here.
     """
     import torch
 
-    from swiftkv_kernels.backends import multiplies_natively
     from swiftkv_models import optimize_for_cpu
 
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, dtype=dtype, revision=revision, **arguments)
-    if dtype == "auto" and not multiplies_natively(model.dtype, device) and _room_for_float32(model, device):
-        model.float()
+    if dtype == "auto":
+        in_native_dtype(model, device)
     model.generation_config = kept_settings(model.generation_config)
     if unused := unused_settings(generation_settings(path, model.config.vocab_size, revision=revision)):
         print(f"note: of {path}'s generation_config.json is not used: {', '.join(unused)}", file=sys.stderr)
     model.to(device)
     return optimize_for_cpu(model) if optimized else model
+
+
+def in_native_dtype(model: Model, device: torch.device) -> Model:
+    """A model stored in 16 bits made float32, in place, where `device` has no such products and there is room."""
+    from swiftkv_kernels.backends import multiplies_natively
+
+    if not multiplies_natively(model.dtype, device) and _room_for_float32(model, device):
+        model.float()
+    return model
 
 
 def _room_for_float32(model: Model, device: torch.device) -> bool:

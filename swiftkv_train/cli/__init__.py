@@ -13,7 +13,7 @@ import typer
 
 from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.cli.bench import app as bench_app
-from swiftkv_train.cli.options import Json, Overrides, RecipeArgument, example, print_json, say
+from swiftkv_train.cli.options import Dtype, Json, Overrides, RecipeArgument, example, print_json, say
 from swiftkv_train.errors import RunError, UserError
 
 app = typer.Typer(
@@ -305,6 +305,7 @@ def serve(
             "fixed memory; what leaves the window is forgotten.",
         ),
     ] = None,
+    dtype: Dtype = "auto",
     reuse: Annotated[
         bool, typer.Option(help="Keep the K/V of prompts and answers for later requests that begin alike.")
     ] = True,
@@ -327,6 +328,7 @@ def serve(
         served_model_name=model_name,
         max_queue=max_queue,
         context_length=context_length,
+        dtype=dtype,
         max_output_tokens=max_output_tokens,
         reuse=reuse,
         window=window,
@@ -349,12 +351,13 @@ def chat(
             help="Keep the system message (or the first 4 tokens) and so many last tokens: a conversation without end.",
         ),
     ] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk to a checkpoint in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     from swiftkv_train.chat import chat as run
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "window": window}
-    run(checkpoint, prompt=prompt, system=system, **options)
+    run(checkpoint, prompt=prompt, system=system, dtype=dtype, **options)
 
 
 def main(*prefix: str) -> None:

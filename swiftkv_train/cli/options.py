@@ -12,6 +12,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key=value overrides, for instance training.steps=200.", show_default=False),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto: as stored, or float32 where the processor multiplies no such "
+        "numbers and memory for it is free."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 

@@ -36,7 +36,6 @@ from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 logger = logging.getLogger(__name__)
 
 THREAD = "swiftkv-generate"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
@@ -58,8 +57,6 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
             raise UserError(f"{directory}: has no tokenizer.json; copy the base model's tokenizer files there")
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from None
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory))
     check_vocabulary(tokenizer, config.vocab_size, str(directory))

@@ -6,9 +6,11 @@ import shutil
 import signal
 
 import pytest
+import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from swiftkv_train import chat as chat_module
+from swiftkv_train import loading
 from swiftkv_train.chat import chat
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config, kept_settings
@@ -273,3 +275,14 @@ def test_beams_time_limits_and_stop_strings_of_the_model_are_left_out(model, cap
     (model / "generation_config.json").write_text(json.dumps(settings))
     answer(model)
     assert capsys.readouterr().out == plain
+
+
+def test_a_dtype_of_ones_own(make_recipe, monkeypatch, capsys):
+    make_recipe()
+    loaded = []
+    plain = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: loaded.append(plain(*a, **k)) or loaded[-1])
+    chat("models/debug", prompt="What does the fox do?", max_new_tokens=2, dtype="bfloat16")
+    assert loaded[-1].dtype == torch.bfloat16
+    with pytest.raises(UserError, match="--dtype 'int8' is not one of auto, float32, bfloat16, float16"):
+        chat("models/debug", prompt="What does the fox do?", dtype="int8")
