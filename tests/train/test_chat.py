@@ -43,8 +43,8 @@ def layer_runs(monkeypatch):
     """Makes the model's context short; what is put into it is called before every run of layer 0, with its tokens."""
     load, watchers = chat_module.load_for_inference, []
 
-    def load_short(path):
-        model = load(path)
+    def load_short(path, **options):
+        model = load(path, **options)
         model.config.max_position_embeddings = 128
 
         def watch(layer, arguments, named):
