@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from swiftkv_kernels.attention_partials import merge_outputs
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
-from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared, merge_outputs
+from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared
 from swiftkv_models.shared_prefix import sharing_pays
 from swiftkv_train.bench.turns import OURS
 

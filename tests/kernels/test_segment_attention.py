@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from naive_segments import BF16, FP8, FP16, FP32, FP64, INT8, Case, assert_close, make, naive_segment_attention
 from torch import Tensor
 
+from swiftkv_kernels import attention_partials
 from swiftkv_kernels import segment_attention_torch as torch_path
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention, segment_attention_reference
 
@@ -84,7 +85,8 @@ def test_without_second_query_or_prefix(place, shape):
 @pytest.mark.parametrize("shape", [(3, 50, 70, 40, 4, 3, 16), (2, 33, 0, 40, 0, 1, 16), (2, 20, 7, 0, 7, 2, 16)])
 def test_blocks_and_slices(monkeypatch, shape, dtype, storage):
     """CPU: as long prompts and large batches go, at a hundredth of their size."""
-    monkeypatch.setattr(torch_path, "WORK", 64)
+    for module in (torch_path, attention_partials):
+        monkeypatch.setattr(module, "WORK", 64)
     monkeypatch.setattr(torch_path, "BLOCK", 16)
     for length in (shape[1], 1):
         case = from_shape((shape[0], length, *shape[2:]), dtype=dtype, storage=storage)
@@ -364,13 +366,13 @@ def test_merged_partials_are_the_whole(dtype):
         outputs.append((torch.softmax(scores[..., part], dim=-1).nan_to_num(0.0) @ values[:, part]).to(dtype))
         # As the CPU operator returns them: not contiguous.
         log_sum_exps.append(log_sum_exp.to(dtype).T.contiguous().T)
-    output, log_sum_exp = torch_path.merge_partials(outputs, log_sum_exps)
+    output, log_sum_exp = attention_partials.merge_partials(outputs, log_sum_exps)
     expected = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ values
     limit = 1e-12 if dtype == FP64 else 1e-5
     torch.testing.assert_close(output.double(), expected, atol=limit, rtol=0)
     torch.testing.assert_close(log_sum_exp.double(), torch.logsumexp(scores, dim=-1), atol=10 * limit, rtol=0)
     assert (output[2, 1:4] == 0).all()
     assert (log_sum_exp[2, 1:4] == -math.inf).all()
-    alone = torch_path.merge_partials(outputs[:1], log_sum_exps[:1])
+    alone = attention_partials.merge_partials(outputs[:1], log_sum_exps[:1])
     assert torch.equal(alone[0], outputs[0])
     assert torch.equal(alone[1], log_sum_exps[0])

@@ -12,13 +12,13 @@ from naive_segments import BF16, FP8, FP16, FP32, FP64, INT8, Case, assert_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swiftkv_kernels import backends
+from swiftkv_kernels import attention_partials, backends
 from swiftkv_kernels import segment_attention_torch as torch_path
 from swiftkv_kernels import segment_attention_triton as triton_path
 from swiftkv_kernels.segment_attention import segment_attention, segment_attention_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FLASH = torch_path.FLASH
+FLASH = attention_partials.FLASH
 
 
 class Watch(TorchDispatchMode):
@@ -51,9 +51,11 @@ def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
         raise RuntimeError("not for these tensors")
 
     if how == "missing":
-        monkeypatch.setattr(torch_path, "FLASH", "_no_such_operator")
+        monkeypatch.setattr(attention_partials, "FLASH", "_no_such_operator")
     elif how == "other arguments":
-        monkeypatch.setattr(torch_path, "FLASH", "_softmax")  # which takes other ones, and says so as torch does
+        monkeypatch.setattr(
+            attention_partials, "FLASH", "_softmax"
+        )  # which takes other ones, and says so as torch does
     elif how == "refuses":
         monkeypatch.setattr(torch.ops.aten, FLASH, refuse)
     for shape in ((3, 1, 20, 15), (2, 30, 9, 40)):
@@ -69,7 +71,8 @@ def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_rows_are_filled_up_where_the_cpu_has_amx(monkeypatch, feature, dtype):
     """A few bf16 ones over a long prefix."""
-    monkeypatch.setattr(torch_path, "_supported", lambda asked: asked == feature)
+    for module in (torch_path, attention_partials):
+        monkeypatch.setattr(module, "supported", lambda asked: asked == feature)
     case = make(11, 1, 9, 1100, prefixes=1, ratio=4, dtype=dtype)
     case.options["prefix"].groups.zero_()
     case.options["prefix"].lengths.fill_(1100)
@@ -88,7 +91,7 @@ def test_rows_are_filled_up_where_the_cpu_has_amx(monkeypatch, feature, dtype):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
 def test_one_prefix_that_all_rows_see(monkeypatch, dtype, shape, operator):
     """As a cache asks on CPU, and by way of segment_attention, which finds out; another rotation for the prefix."""
-    monkeypatch.setattr(torch_path, "FLASH", operator)
+    monkeypatch.setattr(attention_partials, "FLASH", operator)
     rows, slots, length, ratio, size = shape
     case = make(rows, 1, slots, length, ratio=ratio, size=size, dtype=dtype)
     (query, key, value, held, asked), options = case
@@ -125,7 +128,8 @@ def test_one_prefix_that_all_rows_see(monkeypatch, dtype, shape, operator):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
 def test_query_heads_together_or_one_by_one(monkeypatch, dtype, feature, ratio):
     """With a padding mask too, as transformers' caches ask."""
-    monkeypatch.setattr(torch_path, "_supported", lambda asked: asked == feature)
+    for module in (torch_path, attention_partials):
+        monkeypatch.setattr(module, "supported", lambda asked: asked == feature)
     case = make(3, 1, 40, ratio=ratio, prefixes=0, dtype=dtype)
     (query, key, value, held, asked), _ = case
     asked.fill_(40)
@@ -145,8 +149,9 @@ def test_query_heads_together_or_one_by_one(monkeypatch, dtype, feature, ratio):
 @pytest.mark.parametrize("options", [{}, {"pinned": 4}, {"pinned": 4, "prefixes": 0}], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_products_in_tiles(monkeypatch, work, options, dtype):
-    monkeypatch.setattr(torch_path, "WORK", work)
-    monkeypatch.setattr(torch_path, "_flash", torch_path._products)
+    for module in (torch_path, attention_partials):
+        monkeypatch.setattr(module, "WORK", work)
+    monkeypatch.setattr(attention_partials, "_flash", attention_partials._products)
     for shape in ((3, 1, 20, 15), (2, 5, 9, 40)):
         case = make(*shape, **options, dtype=dtype)
         assert_close(case(segment_attention), case(naive_segment_attention), case, "cpu")
@@ -177,7 +182,8 @@ def test_a_decoding_step_is_few_operations(options, limit):
 def test_no_tensor_of_all_scores(monkeypatch, dtype, storage):
     """A long prompt: one block's at most, beside copies of inputs. And a large batch does not unpack all its slots."""
     work = 1 << 15
-    monkeypatch.setattr(torch_path, "WORK", work)
+    for module in (torch_path, attention_partials):
+        monkeypatch.setattr(module, "WORK", work)
     case = make(2, 512, 700, 100, pinned=4, ratio=2, size=16, dtype=dtype, storage=storage)
     with Watch() as watch:
         found = case(segment_attention)
