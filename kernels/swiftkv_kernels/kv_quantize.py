@@ -18,6 +18,8 @@ Keys are quantised after RoPE: what is stored is what attention multiplies with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,9 @@ def kv_quantize(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     _check(states, dtype)
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
-    limit = exact.new_full((), LIMITS[dtype])  # by a number CUDA would multiply with its rounded inverse
+    limit: Any = LIMITS[dtype]
+    if exact.device.type != "cpu":
+        limit = exact.new_full((), limit)  # with a number CUDA would multiply by its rounded inverse
     scale = (exact.abs().amax(-1) / limit).to(torch.float32).clamp_min_(SMALLEST_SCALE)
     # A quotient exceeds the limit by a rounding at most, and rounds to it: nothing is left to clamp.
     steps = exact / scale.unsqueeze(-1)

@@ -40,7 +40,7 @@ class Result:
 
 
 PROGRESS = re.compile(
-    r"(base|damaged|tokenised|data|calibrate|trained|resumed|run|check|quality|first token|held out) "
+    r"(base|dtype|damaged|tokenised|data|calibrate|trained|resumed|run|check|quality|first token|held out) "
 )
 
 

@@ -26,6 +26,8 @@ CHANGES = {
     "training.evaluate_tokens": 128,
 }
 
+PATIENCE = 240  # seconds that a test waits before it says that something hangs; bf16 is slow on a CPU without it
+
 
 class Run:
     """A run of one or more processes that is begun and gone on with by one and the same command."""
@@ -57,7 +59,7 @@ class Run:
         return all(process.is_alive() for process in self.alive)
 
     def wait_for(self, condition):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while self.running() and not condition():
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.001)
@@ -78,7 +80,7 @@ class Run:
     def finish(self):
         """The exit statuses."""
         for process in self.alive:
-            process.join(60)
+            process.join(PATIENCE)
         statuses = [process.exitcode for process in self.alive]
         self.alive.clear()
         return statuses
