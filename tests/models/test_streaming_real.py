@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from swiftkv_models import SharedPrefix, SinkWindowCache, segment_cache
 from swiftkv_train.fetch.demo import SPEECHES, speeches
 from swiftkv_train.fetch.npm import read_npm_files
+from swiftkv_train.loading import compute_dtype
 
 pytestmark = pytest.mark.real_model
 TOKENS, WINDOW = 1536, 128
@@ -14,7 +15,7 @@ TOKENS, WINDOW = 1536, 128
 
 @pytest.fixture(scope="module")
 def model(smollm2):
-    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=compute_dtype("auto")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def test_without_sinks_the_model_collapses_beyond_the_window_and_with_four_it_do
 
 
 def test_a_prompt_after_a_shared_prefix_is_answered_as_after_the_whole(smollm2, model, monkeypatch):
-    """bfloat16, and sums in another order: logits agree to 0.2 of their spread, and greedy answers begin alike."""
+    """Sums in another order, and bfloat16 where the CPU has it: logits agree to 0.2 of their spread, and greedy answers
+    begin alike."""
     monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)  # of so short a prefix it would not, on CPU
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     system = [{"role": "system", "content": "You are a terse assistant. Answer in one short sentence. " * 12}]
