@@ -226,7 +226,7 @@ class Distillation:
         dtype = compute_dtype(recipe.model.dtype)
         report.line(f"base        {recipe.model.base}")
         report.line(f"dtype       {describe_dtype(recipe.model.dtype, dtype)}")
-        model = build_model(recipe)
+        model = build_model(recipe, dtype)
         tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
         pad = pad_token_id(tokenizer)
         vocabulary = model.config.vocab_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import os
 import re
 import types
@@ -355,6 +356,11 @@ class Recipe(Section):
         return yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
+def as_override(key: str, value: Any) -> str:
+    """The `dotted.key=value` that sets a value of JSON's kinds, whatever characters are in it."""
+    return f"{key}={json.dumps(value)}"
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read and check a recipe.
 
@@ -371,7 +377,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(text: str, origin: str, overrides: list[str] | None = None) -> Recipe:
     """`load_recipe` for text already read; `origin` names it in errors."""
     content = _content(text, Path(origin), [])
-    if content.get("data") == "self" and overrides:
+    if content.get("data") == "self":  # so that overrides find its keys
         content["data"] = _own_text()
     for override in overrides or []:
         _apply_override(content, override)

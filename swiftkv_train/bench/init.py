@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.quality import by_kind, check_finite_quality
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe import as_override, load_recipe
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
@@ -19,8 +17,8 @@ def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for init in ("copy", "calibrated"):
-            output = Path(scratch) / init
-            changes = [*(overrides or []), f"rewrite.init={init}", f"training.output_dir={json.dumps(str(output))}"]
+            place = as_override("training.output_dir", f"{scratch}/{init}")
+            changes = [*(overrides or []), f"rewrite.init={init}", place]
             settings = load_recipe(recipe, changes)
             settings.data.held_out = settings.data.test or settings.data.held_out
             if not settings.data.held_out:

@@ -5,7 +5,6 @@ Every form is calibrated and measured on the recipe's held-out text, without tra
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
@@ -19,7 +18,7 @@ from swiftkv_train.errors import UserError
 from swiftkv_train.layer_choice import Predictor, look
 from swiftkv_train.machine import environment
 from swiftkv_train.quality import check_finite_quality, pooled
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe import as_override, load_recipe
 
 EXAMPLE = "15,15x2,22,15:1+2+3+9"
 Form = tuple[int, list[list[int]]]  # l, and the tail's groups
@@ -51,7 +50,7 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
                 f"rewrite.num_key_value_layers={own}",
                 "rewrite.key_value_group_size=1",
                 f"rewrite.key_value_groups={groups}",
-                f"training.output_dir={json.dumps(f'{scratch}/{len(rows)}')}",
+                as_override("training.output_dir", f"{scratch}/{len(rows)}"),
             ]
             distillation = Distillation(load_recipe(recipe, [*(overrides or []), *changes]))
             distillation.prepare()

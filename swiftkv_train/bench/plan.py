@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from swiftkv_train.bench.memory import most_allocated
+from swiftkv_train.bench.turns import this_device
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.fetch import fetch
@@ -139,7 +140,7 @@ def _save_random_base(debug: Path, shape: dict[str, int], to: Path) -> None:
 
     shutil.copytree(debug, to, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
     config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=8192, **shape)  # type: ignore[arg-type]
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 1B numbers in half a minute
+    with this_device():  # a CPU draws 1B numbers in half a minute
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(to)
 
 

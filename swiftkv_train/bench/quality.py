@@ -9,7 +9,6 @@ with: how many tokens each needs to be as near to the base as that one is at its
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.origin import recipe_origin
 from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
-from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.recipe import Recipe, as_override, load_recipe
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.stopping import Stop, Stopped
 
@@ -106,7 +105,7 @@ def _recipes(
 
 def variant_of(file: str, overrides: Sequence[str], run: Path, points: int, tokens: int, on: str) -> Recipe:
     """A recipe with its run directory, and its points of measurement for held-out figures."""
-    recipe = load_recipe(file, [*overrides, f"training.output_dir={json.dumps(str(run))}"])
+    recipe = load_recipe(file, [*overrides, as_override("training.output_dir", str(run))])
     sources = recipe.data.test if on == TEST else recipe.data.held_out
     if not sources:
         raise UserError(f"recipe {file} names no data.{on} to measure on")

@@ -23,7 +23,7 @@ from swiftkv_train.data import load_held_out, load_training_data
 from swiftkv_train.data.sources import resolve_files
 from swiftkv_train.loading import load_config, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
-from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.recipe import Recipe, as_override, load_recipe
 
 FIGURES = ("source_files_opened", "documents_tokenised", "tokens_made", "bytes_read")
 
@@ -35,7 +35,7 @@ def measure(recipe: str, overrides: list[str] | None, repeats: int) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch, Reporter().bar("startup", 2 * repeats, "starts") as advance:
         for turn in range(repeats):
             for found in starts.values():
-                arguments = [recipe, *(overrides or []), f"data.cache_dir={json.dumps(f'{scratch}/{turn}')}"]
+                arguments = [recipe, *(overrides or []), as_override("data.cache_dir", f"{scratch}/{turn}")]
                 found.append(in_own_process("swiftkv_train.bench.startup", arguments, "a start"))
                 advance(1)
     rows = [

@@ -12,6 +12,7 @@ import torch
 from swiftkv_train.bench.memory import peak_in_own_process, peak_memory
 from swiftkv_train.bench.process import answer
 from swiftkv_train.bench.reference import ReferenceStep
+from swiftkv_train.bench.turns import this_device
 from swiftkv_train.distill import DistillationModule
 from swiftkv_train.errors import RunError
 from swiftkv_train.machine import environment, synchronize
@@ -71,7 +72,7 @@ class _Steps:
         from swiftkv_train.loading import in_native_dtype, load_model
         from swiftkv_train.recipe import LossSection
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = this_device()
         base = in_native_dtype(load_model(path, families=("llama",)), device).to(device)
         self.model = rewrite(base, num_key_value_layers=base.config.num_hidden_layers // 2)
         self.model.requires_grad_(False)

@@ -21,12 +21,7 @@ from swiftkv_train.evaluate.report import check_report, write_report
 from swiftkv_train.evaluate.speed import cache_bytes_per_token, time_to_first_token
 from swiftkv_train.evaluate.tasks import compare_on_tasks, load_tasks
 from swiftkv_train.export.card import replace_figures
-from swiftkv_train.loading import (
-    Model,
-    Tokenizer,
-    load_tokenizer,
-    pad_token_id,
-)
+from swiftkv_train.loading import Model, Tokenizer, load_tokenizer, pad_token_id
 from swiftkv_train.machine import environment
 from swiftkv_train.pair import load_pair
 from swiftkv_train.progress import Reporter
@@ -94,12 +89,7 @@ def evaluate(
     pooled = []
     for source in sources:
         tokenized = tokenize_source(
-            source,
-            tokenizer,
-            vocab_size=vocabulary,
-            cache_dir=cache_dir,
-            base=said_by,
-            report=report,
+            source, tokenizer, vocab_size=vocabulary, cache_dir=cache_dir, base=said_by, report=report
         )
         batches = held_out_batches(tokenized, length, tokens, 4, pad)
         total = sum(batch.input_ids.numel() for batch in batches)
@@ -227,8 +217,8 @@ def _check_gate(result: dict[str, Any], figure: str, limit: float) -> None:
     if figure == "time_to_first_token_ratio":
         found = [row["ratio"] for row in result["time_to_first_token"]]
     else:
-        pooled = [result["held_out"]] if result["held_out"] and not result["own_data"] else []
-        rows = pooled or list(result["sources"].values())
+        together = None if result["own_data"] else result["held_out"]
+        rows = [together] if together else list(result["sources"].values())
         found = [row[figure] for row in rows]
     at_most = GATES[figure]
     # Asked this way round, for nan passes no limit.

@@ -29,7 +29,6 @@ from torch import nn
 from swiftkv_kernels.causal_attention import BLOCK
 from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
-from swiftkv_train.loading import compute_dtype
 from swiftkv_train.moments import score_bytes
 from swiftkv_train.quality import ROWS
 from swiftkv_train.quantized_base import BYTES, quantizable_layers
@@ -78,7 +77,7 @@ def training_memory(
     training = recipe.training
     trained = _elements(trainable_parameters(model).values())
     frozen = _elements(model.parameters()) - trained
-    dtype = compute_dtype(recipe.model.dtype, device)
+    dtype = model.dtype
     half = dtype != torch.float32
     strategy = recipe.distributed.strategy if processes > 1 else "ddp"
 
