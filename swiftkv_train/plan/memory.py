@@ -29,11 +29,11 @@ from torch import nn
 from swiftkv_kernels.causal_attention import BLOCK
 from swiftkv_kernels.distillation_kl import distillation_kl_bytes
 from swiftkv_models import PACKED_CAUSAL, LlamaSwiftKVForCausalLM
+from swiftkv_train.deepspeed_settings import deepspeed_config
 from swiftkv_train.moments import score_bytes
 from swiftkv_train.quality import ROWS
 from swiftkv_train.quantized_base import BYTES, quantizable_layers
 from swiftkv_train.recipe import Recipe
-from swiftkv_train.strategies import deepspeed_config
 from swiftkv_train.student import trainable_parameters
 
 FP32 = 4

@@ -118,7 +118,7 @@ def test_a_mistake_in_the_data_is_told_by_every_process_in_a_line(workplace, por
     recipe = write_recipe(workplace / "recipe.yaml", {"data.train.0.path": "absent.jsonl"})
     error = launch(recipe, cwd=workplace, port=port).stderr
     own = error[: error.index("Traceback")] if "Traceback" in error else error  # the launcher's
-    assert own.count("error: data source") + own.count("absent.jsonl") >= 2
+    assert own.count("error: source 'prose': absent.jsonl does not exist") == 2
     assert "gloo" not in error
     assert "distill.py" not in error
 

@@ -9,11 +9,12 @@ import torch
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
+from swiftkv_train.deepspeed_settings import deepspeed_config
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import compute_device
 from swiftkv_train.sequence_parallel import check_heads, sequence_group, whole_mask
-from swiftkv_train.strategies import _step_of, _step_tensor, deepspeed_config, make_strategy
+from swiftkv_train.strategies import _step_of, _step_tensor, make_strategy
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
