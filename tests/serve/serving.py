@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from swiftkv_train.serve import GenerateEngine, create_app
 from swiftkv_train.serve.draining import DrainingServer
 
-WAIT_S = 20.0
+WAIT_S = 60.0  # for what comes in moments, unless the processor is slow and busy
 MODEL_NAME = "tiny"
 # Refuses a system message that is not the first one, as many real templates do.
 CHAT_TEMPLATE = (
@@ -35,6 +35,11 @@ def wait_until(condition: Callable[[], Any], timeout: float = WAIT_S) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not become true in time"
         time.sleep(0.01)
+
+
+def sse_data(lines: Iterable[str]) -> list[str]:
+    """The events' data; a stream that lasts has comments too, which keep the connection."""
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

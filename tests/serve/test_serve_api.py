@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import MODEL_NAME, WAIT_S, Running, config, running, successor_model
+from serving import MODEL_NAME, WAIT_S, Running, config, running, sse_data, successor_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swiftkv_models
@@ -103,7 +103,7 @@ def test_raw_stream_ends_in_done(server: Running) -> None:
     body = {"messages": HELLO, "max_tokens": 3, "temperature": 0, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=WAIT_S) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        events = sse_data(response.iter_lines())
     assert events[-1] == "[DONE]"
     chunks = [json.loads(event) for event in events[:-1]]
     assert all("usage" not in chunk for chunk in chunks)
