@@ -266,7 +266,8 @@ def variants(name: str) -> str:
             for group, row in variant["as_good_as_first"].items()
             if group != "all together"
         )
-        lines.append(f"| {variant['name']} | {' | '.join(cells)} | {reached} |")
+        name = ": ".join([variant["name"], *([idea] if (idea := variant["settings"].get("idea")) else [])])
+        lines.append(f"| {name} | {' | '.join(cells)} | {reached} |")
     return "\n".join([*lines, "", f"`{result['command']}`; {where(result)}."])
 
 
@@ -311,9 +312,11 @@ STUDY: dict[str, Callable[[], str]] = {
     "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),
     "tried": partial(variants, "quality/tried.json"),
+    "ideas": partial(variants, "quality/ideas.json"),
     "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
+    "ideas_of_groups": partial(variants, "quality/ideas_g2.json"),
     "million_groups2": partial(variants, "quality/million_groups2.json"),
     "forms": partial(forms, "quality/layers.json"),
     "calibration": partial(forms, "quality/calibration.json"),

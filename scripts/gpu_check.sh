@@ -46,7 +46,7 @@ run() {
     timeout "$((seconds < left ? seconds : left))" "$@" || { echo "failed: $*" >&2; status=1; return 1; }
     echo "   $((SECONDS - started)) s" >&2
 }
-bench() { run "$1" "$python" -m swiftkv_train.cli bench "${@:2}" --output "$results/${2//-/_}.json"; }
+bench() { run "$1" "$python" -m swiftkv_train bench "${@:2}" --output "$results/${2//-/_}.json"; }
 
 missing="$("$python" - <<'PY'
 from importlib.util import find_spec
@@ -80,7 +80,7 @@ fi
 run 75 bash -euc '
     recipe="$PWD/recipes/debug/debug.yaml"
     cd "$1"
-    swiftkv() { "$0" -m swiftkv_train.cli "$@"; }
+    swiftkv() { "$0" -m swiftkv_train "$@"; }
     swiftkv fetch debug --to models/debug
     swiftkv distill "$recipe" model.dtype=bfloat16
     swiftkv export outputs/debug/run --to outputs/debug/checkpoint

@@ -50,7 +50,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def start(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "swiftkv_train.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "swiftkv_train", *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=cwd,

@@ -1,0 +1,5 @@
+"""`python -m swiftkv_train`: the command `swiftkv`."""
+
+from swiftkv_train.cli import main
+
+main()

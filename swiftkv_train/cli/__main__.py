@@ -1,3 +1,0 @@
-from swiftkv_train.cli import main
-
-main()
