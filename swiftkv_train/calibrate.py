@@ -22,18 +22,26 @@ the same way, says how much of a layer's K/V the shared state still holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from swiftkv_train.data import Batch, TrainingData
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.metrics import finite
-from swiftkv_train.moments import Moments
+from swiftkv_train.moments import SENSITIVITY_TOKENS, Moments, accumulate_moments, accumulate_sensitivities, all_finite
+from swiftkv_train.progress import Reporter
+from swiftkv_train.recipe import Recipe
 from swiftkv_train.shared_projections import compensated_queries, fast_frequencies, shared_keys, shared_values
+from swiftkv_train.student import layer_by_layer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from swiftkv_models import LlamaSwiftKVForCausalLM
 
 # Towards a layer's own V, relative to the mean diagonal of Z: averages over attention say little of what they average.
@@ -51,6 +59,42 @@ class LayerFit:
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: keys or values that are all the same have no R^2."""
         return finite(asdict(self))
+
+
+def calibrate(
+    model: LlamaSwiftKVForCausalLM, data: TrainingData, recipe: Recipe, accelerator: Accelerator, report: Reporter
+) -> list[LayerFit]:
+    """Set the tail's K/V projections to their closed-form start, every process reading its share of the tokens."""
+    length, rows = recipe.data.sequence_length, recipe.training.micro_batch_size
+    sequences = max(1, recipe.calibration.tokens // length)
+    ranks = accelerator.num_processes
+    mine = range(accelerator.process_index, sequences, ranks)
+
+    def batches(numbers: Sequence[int]) -> Iterator[Batch]:
+        for start in range(0, len(numbers), rows):
+            yield data.batch_of(numbers[start : start + rows])
+
+    on_device = model.device.type == accelerator.device.type
+    place = nullcontext() if on_device else layer_by_layer(accelerator.device, model)
+    with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance, place:
+        moments = accumulate_moments(model, batches(mine), accelerator.device, advance, recipe.calibration.weighting)
+    sharing = any(len(group) > 1 for group in model.config.tail_groups)
+    if sharing and on_device:  # what comes and goes in parts has no backward pass
+        few = [index for index in mine if index < max(1, SENSITIVITY_TOKENS // length)]
+        with report.bar("sensitivity", total=len(few) * length, unit="tokens") as advance:
+            try:
+                accumulate_sensitivities(moments, model, batches(few), accelerator.device, advance)
+            except FloatingPointError:
+                raise not_finite(recipe.model.base) from None
+    if ranks > 1:
+        for tensor in moments.tensors():
+            tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
+    if not all_finite(moments.tensors()):
+        raise not_finite(recipe.model.base)
+    try:
+        return solve(model, moments, recipe.calibration.ridge)
+    except torch.linalg.LinAlgError:
+        raise undetermined(int(moments.tokens), recipe.calibration.ridge) from None
 
 
 @torch.no_grad()

@@ -1,132 +1,45 @@
 """Distil a base model into its SwiftKV form: `swiftkv distill`, or `accelerate launch -m swiftkv_train.distill`.
 
-One module is both models. A step runs the trunk once and the base's tail without gradient, the student's tail with
-gradient, and forms the KL and its gradient in the forward (`swiftkv_kernels.distillation_kl`). Only `*_swiftkv` weights
-are trained, as fp32 master weights under bf16 autocast. The loss is the sum over the loss tokens of the whole optimizer
-step divided by their number over all processes and micro-batches, so that neither changes the result.
+One module is both models (`distillation_module`). Only `*_swiftkv` weights are trained, as fp32 master weights under
+bf16 autocast. The loss is the sum over the loss tokens of the whole optimizer step divided by their number over all
+processes and micro-batches, so that neither changes the result.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
 
-from swiftkv_kernels import distillation_kl
 from swiftkv_models import LlamaSwiftKVForCausalLM
-from swiftkv_train.calibrate import LayerFit, not_finite, solve, undetermined
+from swiftkv_train.calibrate import calibrate
 from swiftkv_train.checkpointing import Checkpointer, on_main
-from swiftkv_train.data import Batch, TrainingData, held_out_batches, load_held_out, load_training_data
+from swiftkv_train.data import Batch, held_out_batches, load_held_out, load_training_data
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.divergence import Divergence, save_failed_batch
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.flops import device_peak, distillation_flops
 from swiftkv_train.loading import compute_device, compute_dtype, describe_dtype, load_tokenizer, pad_token_id
-from swiftkv_train.moments import SENSITIVITY_TOKENS, accumulate_moments, accumulate_sensitivities, all_finite
 from swiftkv_train.progress import Reporter
-from swiftkv_train.quality import ROWS, Quality, check_finite_quality, summarise, token_measures
+from swiftkv_train.quality import Quality, check_finite_quality, summarise
 from swiftkv_train.quantized_base import quantize_base
-from swiftkv_train.recipe import LossSection, Recipe, TrainingSection
+from swiftkv_train.recipe import Recipe, TrainingSection
 from swiftkv_train.run_state import CALIBRATION, RunLock, recorded_state
-from swiftkv_train.sequence_parallel import (
-    check_heads,
-    part_of,
-    sequence_group,
-    use_sequence_parallel_attention,
-    whole_mask,
-)
+from swiftkv_train.sequence_parallel import check_heads, sequence_group, use_sequence_parallel_attention
 from swiftkv_train.stopping import Stop, Stopped
 from swiftkv_train.strategies import make_strategy
 from swiftkv_train.student import (
     add_adapters,
     build_model,
     checkpoint_tail,
-    layer_by_layer,
     load_exported_tail,
     trainable_parameters,
     use_training_attention,
 )
 from swiftkv_train.tracking import Trackers, open_trackers
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
-class DistillationModule(nn.Module):
-    """Base and student as one module whose forward is the loss; ZeRO-3 and FSDP shard it, so all reading is inside.
-
-    With `autocast` (torch.bfloat16 or float16) its products run in that dtype. With a `group` of processes each of them
-    takes its part of the same sequences (see `sequence_parallel`).
-    """
-
-    def __init__(
-        self,
-        model: LlamaSwiftKVForCausalLM,
-        loss: LossSection,
-        autocast: torch.dtype | None = None,
-        group: Any = None,
-    ):
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.autocast = autocast
-        self.group = group
-
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor, *, compare: bool = False
-    ) -> Any:
-        """`losses` of packed sequences [B, T], or with `compare` their `token_measures`."""
-        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            return (self.compare if compare else self.losses)(input_ids, position_ids, loss_mask)
-
-    def losses(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over the True positions of `loss_mask` [B, T]: the loss, and its KL part (T^2-scaled, detached).
-
-        Of a group's sequences, over this process's part of the positions.
-        """
-        decoder = self.model.model
-        attention: dict[str, Any] = {}
-        if self.group is not None:
-            attention = {"attention_mask": whole_mask(position_ids), "sequence_group": self.group}
-            input_ids, position_ids, loss_mask = (part_of(self.group, x) for x in (input_ids, position_ids, loss_mask))
-        with torch.no_grad():
-            trunk = decoder.run_trunk(input_ids, position_ids=position_ids, use_cache=False, **attention)
-            base = decoder.run_tail(trunk, base=True)
-        student = decoder.run_tail(trunk)
-        kl = distillation_kl(
-            student.last_hidden_state[loss_mask],
-            base.last_hidden_state[loss_mask],
-            self.model.lm_head.weight,
-            temperature=self.loss.temperature,
-        )
-        total = kl
-        if self.loss.hidden_mse:
-            difference = (student.last_layer_input - base.last_layer_input)[loss_mask].float()
-            total = total + self.loss.hidden_mse * difference.square().mean(-1).sum()
-        return total, kl.detach()
-
-    @torch.no_grad()
-    def compare(self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """`token_measures` [N, 4] of the N loss positions."""
-        decoder = self.model.model
-        trunk = decoder.run_trunk(input_ids, position_ids=position_ids, use_cache=False)
-        base = decoder.run_tail(trunk, base=True).last_hidden_state[loss_mask]
-        student = decoder.run_tail(trunk).last_hidden_state[loss_mask]
-        next_ids = input_ids.roll(-1, dims=1)[loss_mask]
-        head = self.model.lm_head.weight  # its weight, as ZeRO-3 gathers a module that is called at every call
-        rows = [
-            token_measures(functional.linear(student[part], head), functional.linear(base[part], head), next_ids[part])
-            for part in torch.arange(len(next_ids), device=loss_mask.device).split(ROWS)
-        ]
-        return torch.cat(rows) if rows else torch.empty(0, 4, device=loss_mask.device)
 
 
 def learning_rate(training: TrainingSection, step: int) -> float:
@@ -143,42 +56,6 @@ def learning_rate(training: TrainingSection, step: int) -> float:
         height = min(1.0, (training.steps - step) / (falling + 1))
     floor = training.final_learning_rate
     return training.learning_rate * (floor + (1 - floor) * height)
-
-
-def calibrate(
-    model: LlamaSwiftKVForCausalLM, data: TrainingData, recipe: Recipe, accelerator: Accelerator, report: Reporter
-) -> list[LayerFit]:
-    """Set the tail's K/V projections to their closed-form start, every process reading its share of the tokens."""
-    length, rows = recipe.data.sequence_length, recipe.training.micro_batch_size
-    sequences = max(1, recipe.calibration.tokens // length)
-    ranks = accelerator.num_processes
-    mine = range(accelerator.process_index, sequences, ranks)
-
-    def batches(numbers: Sequence[int]) -> Iterator[Batch]:
-        for start in range(0, len(numbers), rows):
-            yield data.batch_of(numbers[start : start + rows])
-
-    on_device = model.device.type == accelerator.device.type
-    place = nullcontext() if on_device else layer_by_layer(accelerator.device, model)
-    with report.bar("calibrate", total=len(mine) * length, unit="tokens") as advance, place:
-        moments = accumulate_moments(model, batches(mine), accelerator.device, advance, recipe.calibration.weighting)
-    sharing = any(len(group) > 1 for group in model.config.tail_groups)
-    if sharing and on_device:  # what comes and goes in parts has no backward pass
-        few = [index for index in mine if index < max(1, SENSITIVITY_TOKENS // length)]
-        with report.bar("sensitivity", total=len(few) * length, unit="tokens") as advance:
-            try:
-                accumulate_sensitivities(moments, model, batches(few), accelerator.device, advance)
-            except FloatingPointError:
-                raise not_finite(recipe.model.base) from None
-    if ranks > 1:
-        for tensor in moments.tensors():
-            tensor.copy_(accelerator.reduce(tensor, reduction="sum"))
-    if not all_finite(moments.tensors()):
-        raise not_finite(recipe.model.base)
-    try:
-        return solve(model, moments, recipe.calibration.ridge)
-    except torch.linalg.LinAlgError:
-        raise undetermined(int(moments.tokens), recipe.calibration.ridge) from None
 
 
 class Distillation:

@@ -24,7 +24,8 @@ from swiftkv_train.checksum import first_damage, write_checksums
 from swiftkv_train.durable import publish_directory, write_text
 from swiftkv_train.errors import UserError
 from swiftkv_train.metrics import Metrics
-from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import load_recipe
 from swiftkv_train.run_state import CALIBRATION, CHECKPOINTS, METRICS, RECIPE, STATE, checkpoint_paths, read_json
 
 WEIGHTS, MOMENTS, PROGRESS = "student.safetensors", "optimizer.safetensors", "progress.json"

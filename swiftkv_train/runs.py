@@ -19,7 +19,7 @@ from rich.text import Text
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import one_line
 from swiftkv_train.metrics import Metrics
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe_file import load_recipe
 from swiftkv_train.run_state import CHECKPOINTS, METRICS, RECIPE, STATE, checkpoint_paths, is_locked, read_json
 
 

@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from swiftkv_train.cli import app
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("recipes/*/README.md"), ROOT / "benchmarks" / "README.md"])

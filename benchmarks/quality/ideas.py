@@ -31,7 +31,8 @@ from swiftkv_train.data import Batch
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.moments import Moments, ProjectionRecorder
-from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import load_recipe
 
 
 @dataclass
@@ -347,7 +348,7 @@ IDEAS = {
     ),
     "no_likelihood": Idea(
         "a group's V: o_proj's outputs count all alike",
-        of_groups={"distill.accumulate_sensitivities": lambda *_: None},
+        of_groups={"calibrate.accumulate_sensitivities": lambda *_: None},
     ),
     "rows": Idea(
         "a group's V: fitted to tokens' V, not to what attention makes of them",

@@ -9,7 +9,7 @@ from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.quality import by_kind, check_finite_quality
-from swiftkv_train.recipe import as_override, load_recipe
+from swiftkv_train.recipe_file import as_override, load_recipe
 
 
 def measure(recipe: str, overrides: list[str] | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from swiftkv_train.errors import UserError
 from swiftkv_train.layer_choice import Predictor, look
 from swiftkv_train.machine import environment
 from swiftkv_train.quality import check_finite_quality, pooled
-from swiftkv_train.recipe import as_override, load_recipe
+from swiftkv_train.recipe_file import as_override, load_recipe
 
 EXAMPLE = "15,15x2,22,15:1+2+3+9"
 Form = tuple[int, list[list[int]]]  # l, and the tail's groups

@@ -28,7 +28,8 @@ from swiftkv_train.machine import environment
 from swiftkv_train.plan import model_on_meta
 from swiftkv_train.plan.memory import training_memory
 from swiftkv_train.progress import Reporter
-from swiftkv_train.recipe import Recipe, parse_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import parse_recipe
 
 # What differs from the debug model, which is whole and has a tokenizer.
 SHAPES: dict[str, dict[str, int]] = {

@@ -20,7 +20,8 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.origin import recipe_origin
 from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
-from swiftkv_train.recipe import Recipe, as_override, load_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import as_override, load_recipe
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.stopping import Stop, Stopped
 

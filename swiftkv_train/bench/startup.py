@@ -23,7 +23,8 @@ from swiftkv_train.data import load_held_out, load_training_data
 from swiftkv_train.data.sources import resolve_files
 from swiftkv_train.loading import load_config, load_tokenizer, pad_token_id
 from swiftkv_train.progress import Reporter
-from swiftkv_train.recipe import Recipe, as_override, load_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import as_override, load_recipe
 
 FIGURES = ("source_files_opened", "documents_tokenised", "tokens_made", "bytes_read")
 

@@ -13,7 +13,7 @@ from swiftkv_train.bench.memory import peak_in_own_process, peak_memory
 from swiftkv_train.bench.process import answer
 from swiftkv_train.bench.reference import ReferenceStep
 from swiftkv_train.bench.turns import this_device
-from swiftkv_train.distill import DistillationModule
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.errors import RunError
 from swiftkv_train.machine import environment, synchronize
 from swiftkv_train.student import trainable_parameters, use_training_attention

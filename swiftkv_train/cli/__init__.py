@@ -77,7 +77,7 @@ def plan(
         raise UserError("--gpu-memory goes with --device cuda")
     if gpu_memory is not None and not math.isfinite(gpu_memory * 2**30):
         raise UserError(f"--gpu-memory {gpu_memory:g} is no size; give the GiB of one GPU")
-    from swiftkv_train.recipe import load_recipe
+    from swiftkv_train.recipe_file import load_recipe
 
     checked = load_recipe(recipe, overrides)
     from swiftkv_train.plan import plan as run
@@ -114,7 +114,7 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json =
 
     Training then starts at once, from the same files or, where the cache was copied to, without them.
     """
-    from swiftkv_train.recipe import load_recipe
+    from swiftkv_train.recipe_file import load_recipe
 
     checked = load_recipe(recipe, overrides)
     from swiftkv_train.data.prepare import prepare as run
@@ -138,7 +138,7 @@ def calibrate(
 ) -> None:
     """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, to export."""
     if layers is not None:
-        from swiftkv_train.recipe import load_recipe
+        from swiftkv_train.recipe_file import load_recipe
 
         checked = load_recipe(recipe, overrides)
         from swiftkv_train.plan.layers import check, write
@@ -180,7 +180,7 @@ def distill(
 
 
 def _distil(recipe: str, overrides: list[str] | None, **options: bool) -> int:
-    from swiftkv_train.recipe import load_recipe
+    from swiftkv_train.recipe_file import load_recipe
     from swiftkv_train.stopping import Stop, Stopped
 
     checked = load_recipe(recipe, overrides)  # before torch is loaded: a typing error answers at once

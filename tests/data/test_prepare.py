@@ -16,7 +16,8 @@ from swiftkv_train.data import load_training_data
 from swiftkv_train.data.prepare import prepare
 from swiftkv_train.errors import UserError
 from swiftkv_train.loading import load_tokenizer
-from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import load_recipe
 from tiny import tiny_llama
 
 ROWS = {

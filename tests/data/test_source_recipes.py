@@ -6,7 +6,8 @@ import pytest
 
 from debug_recipe import DEBUG_RECIPE
 from swiftkv_train.errors import UserError
-from swiftkv_train.recipe import Recipe, parse_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import parse_recipe
 
 TEXT = DEBUG_RECIPE.read_text()
 

@@ -16,7 +16,8 @@ import torch
 from debug_recipe import write_recipe
 from swiftkv_train.cli import main
 from swiftkv_train.fetch import fetch
-from swiftkv_train.recipe import Recipe, load_recipe
+from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe_file import load_recipe
 
 
 @pytest.fixture(scope="session")

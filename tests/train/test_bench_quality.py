@@ -12,7 +12,7 @@ from debug_recipe import metrics, write_recipe
 from swiftkv_train.bench import quality
 from swiftkv_train.distill import Distillation
 from swiftkv_train.quality import Quality, by_kind, pooled
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 TEST = [

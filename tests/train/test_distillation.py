@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import swiftkv_train.distill as distill_module
 from swiftkv_models import rewrite
 from swiftkv_train.data import Batch
-from swiftkv_train.distill import Distillation, DistillationModule, distill, learning_rate
+from swiftkv_train.distill import Distillation, distill, learning_rate
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.errors import UserError
 from swiftkv_train.quality import token_measures
 from swiftkv_train.recipe import LossSection, TrainingSection

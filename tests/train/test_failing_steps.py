@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from debug_recipe import comparable, metrics
 from swiftkv_train.cli import main
-from swiftkv_train.distill import Distillation, DistillationModule, distill
+from swiftkv_train.distill import Distillation, distill
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.divergence import FEWEST
 from swiftkv_train.errors import RunError
 from swiftkv_train.run_directory import RunDirectory

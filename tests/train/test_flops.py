@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from swiftkv_models import rewrite
-from swiftkv_train.distill import DistillationModule
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.flops import causal_pairs, distillation_flops, peak_flops
 from swiftkv_train.recipe import LoraSection, LossSection
 from swiftkv_train.student import add_adapters, trainable_parameters

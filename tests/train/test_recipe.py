@@ -5,7 +5,7 @@ import yaml
 
 from debug_recipe import DEBUG_RECIPE
 from swiftkv_train.errors import UserError
-from swiftkv_train.recipe import load_recipe, parse_recipe
+from swiftkv_train.recipe_file import load_recipe, parse_recipe
 
 TEXT = DEBUG_RECIPE.read_text()
 

@@ -14,7 +14,7 @@ import yaml
 from swiftkv_kernels import backends
 from swiftkv_train.cli import main
 from swiftkv_train.plan import plan
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")

@@ -18,7 +18,8 @@ import swiftkv_train.distill as distill_module
 from debug_recipe import comparable, metrics
 from swiftkv_train import checkpointing, strategies
 from swiftkv_train.calibrate import LayerFit
-from swiftkv_train.distill import Distillation, DistillationModule, distill
+from swiftkv_train.distill import Distillation, distill
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.export import export
 from swiftkv_train.metrics import Metrics

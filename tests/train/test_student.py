@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swiftkv_models import PACKED_CAUSAL, rewrite
-from swiftkv_train.distill import DistillationModule
+from swiftkv_train.distillation_module import DistillationModule
 from swiftkv_train.errors import UserError
 from swiftkv_train.export import without_base_projections
 from swiftkv_train.loading import load_model

@@ -10,7 +10,7 @@ import pytest
 from wandb_files import history, records, serving
 
 from swiftkv_train.errors import UserError
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe_file import load_recipe
 from swiftkv_train.tracking import _wandb_id, open_trackers
 
 DEBUG_RECIPE = Path(__file__).parents[2] / "recipes/debug/debug.yaml"
@@ -84,7 +84,7 @@ SESSION = """
 import json, sys
 from pathlib import Path
 from swiftkv_train.errors import UserError
-from swiftkv_train.recipe import load_recipe
+from swiftkv_train.recipe_file import load_recipe
 from swiftkv_train.tracking import _wandb_id, open_trackers
 
 rows, overrides, recipe, kill = json.loads(sys.argv[1])
