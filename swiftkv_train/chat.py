@@ -17,8 +17,8 @@ from swiftkv_models import SharedPrefix, SinkWindowCache, use_exact_positions
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config
+from swiftkv_train.kept_caches import SINKS, KeptCaches, KeptStreams, generate
 from swiftkv_train.loading import Model, Tokenizer, load_config, load_for_inference, load_tokenizer, one_line
-from swiftkv_train.serve.kept_caches import SINKS, KeptCaches, KeptStreams, generate
 
 
 def chat(

@@ -17,6 +17,7 @@ from swiftkv_models import SinkWindowCache, use_exact_positions
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids
+from swiftkv_train.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptStreams, generate
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
@@ -29,7 +30,6 @@ from swiftkv_train.serve.contract import (
     TokenEvent,
     TokenStream,
 )
-from swiftkv_train.serve.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptStreams, generate
 from swiftkv_train.serve.one_thread import OneThread
 from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 

@@ -11,9 +11,10 @@ from serving import WAIT_S, config, running
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swiftkv_models
+from swiftkv_train import kept_caches
 from swiftkv_train.errors import UserError
-from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent, kept_caches
-from swiftkv_train.serve.kept_caches import KeptCaches, generate
+from swiftkv_train.kept_caches import KeptCaches, generate
+from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent
 
 FIRST = list(range(10, 50))
 
