@@ -310,6 +310,20 @@ def queries_fitted(run: Distillation) -> None:
         layer.self_attn.q_proj_swiftkv.weight.add_(change.T.to(torch.float32))
 
 
+@torch.no_grad()
+def folded_norms(run: Distillation) -> None:
+    """Copied K and V times each layer's own scale of its input over that of `norm_swiftkv`."""
+    model = run.strategy.model
+    layers, common = model.model.layers, model.model.norm_swiftkv.weight
+    for group in model.config.tail_groups:
+        for kind in ("k_proj", "v_proj"):
+            members = [
+                getattr(layers[index].self_attn, kind).weight.float() * (layers[index].input_layernorm.weight / common)
+                for index in group
+            ]
+            getattr(layers[group[0]].self_attn, f"{kind}_swiftkv").weight.copy_(torch.stack(members).mean(0))
+
+
 def mean_of_members(
     _model: Any, _moments: Any, members: list[int], solutions: dict[int, tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
@@ -325,6 +339,10 @@ def of_rows(moments: Moments, layer: int, values: Tensor) -> tuple[Tensor, Tenso
 
 IDEAS = {
     "as_it_is": Idea("none"),
+    "seed_1": Idea("another seed", overrides=["training.seed=1", "data.seed=1"]),
+    "seed_2": Idea("a third seed", overrides=["training.seed=2", "data.seed=2"]),
+    "copied": Idea("copied K and V", overrides=["rewrite.init=copy"]),
+    "copied_folded": Idea("the same, times the layer's own norm", folded_norms, ["rewrite.init=copy"]),
     "beta_0.95": Idea("Adam's second beta 0.95", overrides=["training.betas=[0.9, 0.95]"]),
     "hidden_states_x4": Idea("four times the weight of the hidden states", overrides=["loss.hidden_mse=0.016"]),
     "layer_outputs_0.02": Idea("distance of every tail layer's output, x 0.02", partial(layer_outputs, 0.02)),

@@ -7,7 +7,6 @@ that is missing, on other devices and over 8-bit K/V. The R query heads of a K/V
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -73,12 +72,11 @@ def attend(
     """
     if keys.key.shape[2] == 0:
         return torch.zeros_like(rows), torch.full_like(rows[..., 0], float("-inf"), dtype=accumulate(rows))
-    if rows.device.type == "cpu":
-        with contextlib.suppress(AttributeError, RuntimeError):  # another torch may lack it, or take other arguments
-            if keys.key_scale is None:
-                return _flash(rows, keys, hidden, change, scaling)
-            if rows.shape[2] * rows.shape[3] >= FLASH_UNPACKED_FROM:
-                return _in_tiles(_flash_unpacked, rows.shape[-1], rows, keys, hidden, change, scaling)
+    if rows.device.type == "cpu" and has_flash(rows.dtype):
+        if keys.key_scale is None:
+            return _flash(rows, keys, hidden, change, scaling)
+        if rows.shape[2] * rows.shape[3] >= FLASH_UNPACKED_FROM:
+            return _in_tiles(_flash_unpacked, rows.shape[-1], rows, keys, hidden, change, scaling)
     return _products(rows, keys, hidden, change, scaling)
 
 
@@ -86,7 +84,7 @@ def attend_rows(queries: Tensor, key: Tensor, value: Tensor, scaling: float) -> 
     """`attend` of queries [B, G, Q, C] to all keys."""
     if queries.stride(-1) != 1:
         queries = queries.contiguous()  # the operator reads whatever is beside, and does not complain
-    with contextlib.suppress(AttributeError, RuntimeError):
+    if has_flash(queries.dtype):
         return getattr(torch.ops.aten, FLASH)(queries, key, value, scale=scaling)
     output, log_sum_exp = _products(queries.unsqueeze(2), Keys(key, value, None), None, None, scaling)
     return output.squeeze(2), log_sum_exp.squeeze(2)
@@ -247,6 +245,27 @@ def fastest_rows(count: int, dtype: torch.dtype, slots: int) -> int:
     """
     few = PACKED_FROM * 5 // 8 <= count < PACKED_FROM
     return PACKED_FROM if few and slots >= 1024 and dtype == torch.bfloat16 and supported("amx_tile") else count
+
+
+def has_flash(dtype: torch.dtype) -> bool:
+    """Whether this torch has the flash operator for CPUs, for this dtype, as it is called here."""
+    return _tried(FLASH, dtype)
+
+
+@functools.cache
+def _tried(operator: str, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 2, 8, generator=generator).to(dtype)
+    mask = torch.zeros(1, 1, 2, 2, dtype=accumulate(query))
+    try:
+        output, log_sum_exp = getattr(torch.ops.aten, operator)(query, key, value, attn_mask=mask, scale=1.0)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    scores = (query.double() @ key.double().transpose(2, 3)).log_softmax(-1)
+    expected = scores.exp() @ value.double()
+    sums = torch.logsumexp(query.double() @ key.double().transpose(2, 3), -1)
+    near = {"rtol": 0, "atol": 16 * torch.finfo(dtype).eps}
+    return torch.allclose(output.double(), expected, **near) and torch.allclose(log_sum_exp.double(), sums, **near)
 
 
 @functools.cache

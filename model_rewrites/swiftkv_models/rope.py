@@ -13,6 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotat
 
 # Their frequencies change with the length of the sequence: a key cannot be rotated once and kept.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+# Whose RoPE is Llama's: all of a head, its first half turned with its second.
+LLAMA_LIKE = ("llama", "llama_swiftkv", "mistral", "qwen2", "qwen3")
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -84,8 +86,13 @@ def use_exact_positions(model: torch.nn.Module) -> None:
 def inverse_frequencies(config: Any, user: str) -> torch.Tensor:
     """RoPE's frequencies [C / 2] of a model, fp32 as it has them.
 
-    Raises ValueError, naming `user`, where they depend on the length of the sequence.
+    Raises ValueError, naming `user`, where they depend on the length of the sequence, or are used in another way.
     """
+    if config.model_type not in LLAMA_LIKE or config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"{user} needs rotary positions as Llama has them, of whole heads; {config.model_type!r} models may have "
+            "others"
+        )
     kind = config.rope_parameters["rope_type"]
     if kind in LENGTH_DEPENDENT:
         raise ValueError(f"{user} needs rotary frequencies that do not depend on the length; rope_type is {kind!r}")

@@ -27,10 +27,17 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from swiftkv_models.rope import inverse_frequencies, rotate, rotation
-from swiftkv_models.segment_layer import Held, SegmentLayer, knows_segments, use_segment_attention
-from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, sharing_pays
+from swiftkv_models.segment_layer import (
+    OF_ANOTHER_MODEL,
+    Held,
+    SegmentLayer,
+    knows_segments,
+    use_segment_attention,
+)
+from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, form_of, sharing_pays
 
 MOST_TURNED = 64  # sinks
+MOST_TOKENS = 2**31 - 1  # positions are int32
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -66,15 +73,15 @@ class SinkWindowCache(Cache):
         window: W, tokens kept beside the sinks.
         attention_sinks: S, first tokens that are kept for ever; 0 shows why they are there.
         prefixes: shared prompts. Rows of `input_ids` [B, T] that begin with one, by token ids, use it; others have
-            sinks of their own. `attention_mask` [B, T] tells left padding. Where sharing would not pay (one row; on
-            CPU also a few, or a short prefix: `sharing_pays`) the prefix is copied into the rows instead; `shared_rows`
-            is then 0.
+            sinks of their own. `attention_mask` [B, T] tells left padding. Where sharing would not pay (as many
+            prefixes as rows; on CPU also few rows, or short prefixes: `sharing_pays`) the prefixes are copied into the
+            rows instead; `shared_rows` is then 0. What the cache is used for must begin with these `input_ids`.
         quantization: 'int8' or 'fp8' (e4m3): K and V in 8 bits, with a scale per token and head.
 
     Raises:
-        ValueError: sizes out of range, a model with a sliding window of its own, frequencies that depend on the length
-            (dynamic NTK), an unknown quantization, a prefix shorter than the sinks, of another model, or without
-            `input_ids`.
+        ValueError: sizes out of range, a model with a sliding window of its own, of another kind than Llama, or with
+            frequencies that depend on the length (dynamic NTK), an unknown quantization, a prefix shorter than the
+            sinks, of another form of model, or without `input_ids`.
     """
 
     streams = True  # by which models know it, if it comes from another copy of this code
@@ -90,9 +97,10 @@ class SinkWindowCache(Cache):
         attention_mask: torch.Tensor | None = None,
         quantization: str | None = None,
     ):
-        if window < 1 or attention_sinks < 0:
+        if not (isinstance(window, int) and isinstance(attention_sinks, int) and window >= 1 and attention_sinks >= 0):
             raise ValueError(
-                f"window must be at least 1 and attention_sinks at least 0, not {window} and {attention_sinks}"
+                "window must be a whole number of at least 1 and attention_sinks of at least 0, not "
+                f"{window!r} and {attention_sinks!r}"
             )
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
@@ -107,7 +115,7 @@ class SinkWindowCache(Cache):
         self.segments = [SegmentLayer(self, index) for index in range(count)]
         super().__init__(layers=list(self.segments))
 
-        self.config = config
+        self.config, self.known_config = config, config
         self.unfinished = False  # while a step's tokens are not in the slots of all layers yet
         self.columns = self.first_column = 0  # of input_ids that are done: what `generate` calls the length
         self.step: Step | None = None
@@ -123,9 +131,10 @@ class SinkWindowCache(Cache):
         self.are_turned = False
 
         self.prefixes = [prefixes] if isinstance(prefixes, SharedPrefix) else list(prefixes)
-        self.prefix_groups: Any = None  # [B] int32, -1: none
+        self.prefix_groups: Any = None  # [B] int32, the prefix that a row begins with; -1: none
         self.prefix_lengths: Any = None  # [M] int32
-        self.copied_prefix: SharedPrefix | None = None
+        self.shares = False  # whether rows read prefixes where they are; else each has a copy in its sinks' slots
+        self.own_sinks = attention_sinks  # of a row that begins with no prefix
         self.least_pinned = attention_sinks
         if self.prefixes:
             self._assign_prefixes(input_ids, attention_mask)
@@ -140,12 +149,9 @@ class SinkWindowCache(Cache):
             raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids")
         if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
             raise ValueError("prefixes go with padding on the left alone: attention_mask must be zeros, then ones")
+        form = form_of(self.config)
         for prefix in self.prefixes:
-            if len(prefix.keys) != len(self.segments):
-                raise ValueError(
-                    f"a prefix holds K/V of {len(prefix.keys)} layers, this model caches {len(self.segments)}; "
-                    "make it with this model"
-                )
+            _check_form(prefix, form, len(self.segments))
         shortest = min(len(prefix) for prefix in self.prefixes)
         if shortest < self.attention_sinks:
             raise ValueError(f"a prefix of {shortest} tokens cannot stand for {self.attention_sinks} attention_sinks")
@@ -156,20 +162,19 @@ class SinkWindowCache(Cache):
         self.prefixes = [self.prefixes[index] for index in used.tolist() if index >= 0]
         if not self.prefixes:
             return
-        prefix = self.prefixes[int(groups[0])]
-        if (groups == groups[0]).all() and not self._sharing_pays(prefix, len(groups)):
-            self.copied_prefix, self.attention_sinks, self.least_pinned = prefix, len(prefix), len(prefix)
-            return
         self.prefix_groups = groups
-        self.prefix_lengths = torch.tensor([len(prefix) for prefix in self.prefixes], dtype=torch.int32)
-        if (groups >= 0).all():
+        lengths = [len(prefix) for prefix in self.prefixes]
+        self.prefix_lengths = torch.tensor(lengths, dtype=torch.int32)
+        keys = self.prefixes[0].keys[0]
+        token_bytes = keys.shape[0] * keys.shape[-1] * (self.quantized_dtype or keys.dtype).itemsize
+        self.shares = sharing_pays(len(groups), lengths, token_bytes, keys.device)
+        everywhere = bool((groups >= 0).all())
+        if everywhere:
+            self.least_pinned = min(lengths)
+        if not self.shares:
+            self.attention_sinks = max(lengths)
+        elif everywhere:
             self.attention_sinks = 0  # no row needs slots for its own
-            self.least_pinned = min(len(prefix) for prefix in self.prefixes)
-
-    def _sharing_pays(self, prefix: SharedPrefix, rows: int) -> bool:
-        keys = prefix.keys[0]
-        dtype = self.quantized_dtype or keys.dtype
-        return sharing_pays(rows, len(prefix), keys.shape[0] * keys.shape[-1] * dtype.itemsize, keys.device)
 
     @property
     def num_slots(self) -> int:
@@ -178,7 +183,7 @@ class SinkWindowCache(Cache):
     @property
     def shared_rows(self) -> int:
         """How many rows read a shared prefix; 0 where relay attention is not at work."""
-        return 0 if self.prefix_groups is None else int((self.prefix_groups >= 0).sum())
+        return int((self.prefix_groups >= 0).sum()) if self.shares else 0
 
     @property
     def used_slots(self) -> int:
@@ -258,15 +263,16 @@ class SinkWindowCache(Cache):
     def _forget(self) -> None:
         self.positions.fill_(-1)
         self.lengths.zero_()
-        self.pinned.fill_(self.attention_sinks)
-        if self.prefix_groups is not None:
-            shares = self.prefix_groups >= 0
-            prefix = self.prefix_lengths[self.prefix_groups.clamp_min(0)].long()
-            self.lengths.copy_(torch.where(shares, prefix, self.lengths))
-            self.pinned.copy_(torch.where(shares, prefix, self.pinned))
-        if self.copied_prefix is not None:
-            self.lengths.fill_(self.attention_sinks)
-            self.positions[:, : self.attention_sinks] = torch.arange(self.attention_sinks, device=self.positions.device)
+        self.pinned.fill_(self.own_sinks)
+        if self.prefix_groups is None:
+            return
+        has_one = self.prefix_groups >= 0
+        prefix = self.prefix_lengths[self.prefix_groups.clamp_min(0)].long()
+        self.lengths.copy_(torch.where(has_one, prefix, self.lengths))
+        self.pinned.copy_(torch.where(has_one, prefix, self.pinned))
+        if not self.shares:
+            slots = torch.arange(self.attention_sinks, dtype=torch.int32, device=self.positions.device)
+            self.positions[:, : self.attention_sinks] = torch.where(slots < self.lengths[:, None], slots, -1)
 
     def plan(
         self,
@@ -283,6 +289,8 @@ class SinkWindowCache(Cache):
             return self.step
         first = self.columns == self.first_column
         positions = self._kept_positions(position_ids, tokens, attention_mask)
+        if self.columns + tokens >= MOST_TOKENS:
+            raise ValueError(f"a stream ends after {MOST_TOKENS:,} tokens: reset() the cache")
         self.unfinished = True
         last = positions.amax(1)
         slots = self._slots(positions, last)
@@ -305,7 +313,7 @@ class SinkWindowCache(Cache):
             of_sinks, of_window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
             oldest = (last - self.window).clamp_min(-1)[:, None]
             step.all_visible = bool((of_sinks >= 0).all()) and bool((of_window > oldest).all())
-            if self.prefix_groups is not None and len(self.prefixes) == 1:
+            if self.shares and len(self.prefixes) == 1:
                 sees = (self.prefix_groups == 0) & (last >= self.prefix_lengths[0] - 1)
                 step.prefix_visible = bool(sees.all())
             first_slot, last_slot = (int(slot) for slot in slots.aminmax())
@@ -334,10 +342,8 @@ class SinkWindowCache(Cache):
             if attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
                 raise ValueError(f"attention_mask must be [B, {tokens} or more], not {tuple(attention_mask.shape)}")
             kept = attention_mask[:, -tokens:].to(device).bool()
-        if self.prefixes:  # of whose tokens, rows that have none of their own yet may bring some
-            begins = lengths == self.pinned[:, None]
-            if self.prefix_groups is not None:
-                begins = begins & (self.prefix_groups >= 0)[:, None]
+        if self.prefix_groups is not None:  # rows that have no tokens of their own yet may bring some of the prefix's
+            begins = (lengths == self.pinned[:, None]) & (self.prefix_groups >= 0)[:, None]
             kept = kept & ~(begins & (positions < lengths))
         if tokens == 1 and not at_hand(self.lengths):
             return torch.where(kept, positions, -1)
@@ -364,7 +370,7 @@ class SinkWindowCache(Cache):
 
         In fp32 at least. None where they are the same, or nothing is pinned.
         """
-        nothing_pinned = self.attention_sinks == 0 and self.prefix_groups is None
+        nothing_pinned = self.attention_sinks == 0 and not self.shares
         if nothing_pinned or self.columns <= self.least_pinned + self.window:
             return None
         in_cache = torch.minimum(positions, self.pinned[:, None] + (self.window - 1))
@@ -386,7 +392,7 @@ class SinkWindowCache(Cache):
             self.storage is not None
             and at_hand(self.storage[0])
             and self.quantized_dtype is None
-            and self.prefix_groups is None
+            and not self.shares
             and 0 < self.attention_sinks <= MOST_TURNED
         )
 
@@ -416,7 +422,19 @@ class SinkWindowCache(Cache):
         """In place of the keys and values that attention reads: what `segments_...` attention takes for them."""
         if layer_idx == 0:
             self.start(key_states.shape[0], key_states.device)
+        if layer_idx >= len(self.segments):
+            raise ValueError(f"{OF_ANOTHER_MODEL}: it caches {len(self.segments)} layers")
         return (self.segments[layer_idx].key_values(key_states, value_states),) * 2
+
+    def check_model(self, config: PretrainedConfig) -> None:
+        """Raises ValueError unless a model of this config can use the cache, as that whose own it was made with can."""
+        if config is self.config or config is self.known_config:
+            return
+        mine, other = form_of(self.config), form_of(config)
+        for name, value in mine.items():
+            if other[name] != value:
+                raise ValueError(f"{OF_ANOTHER_MODEL}: of one with {name} {value}, not {other[name]}")
+        self.known_config = config
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -446,6 +464,26 @@ class SinkWindowCache(Cache):
         raise ValueError("the rows of a SinkWindowCache do not change; make one for as many rows as there will be")
 
     batch_select_indices = batch_repeat_interleave
+
+
+def _check_form(prefix: SharedPrefix, form: dict[str, Any], layers: int) -> None:
+    """Raises ValueError unless a model of this `form`, which caches that many layers, may read the prefix."""
+    if len(prefix.keys) != layers:
+        raise ValueError(
+            f"a prefix holds K/V of {len(prefix.keys)} layers, this model caches {layers}; make it with this model"
+        )
+    heads, size = prefix.keys[0].shape[0], prefix.keys[0].shape[2]
+    if (heads, size) != (form["num_key_value_heads"], form["head_dim"]):
+        raise ValueError(
+            f"a prefix has K/V of {heads} heads of {size}, this model of {form['num_key_value_heads']} of "
+            f"{form['head_dim']}; make it with this model"
+        )
+    for name, value in (getattr(prefix, "form", None) or {}).items():  # another copy of this code may leave it out
+        if form.get(name) != value:
+            raise ValueError(
+                f"a prefix was made by a model with {name} {value}, this one has {form.get(name)}; make it with this "
+                "model"
+            )
 
 
 def at_hand(tensor: torch.Tensor) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from swiftkv_models.segment_cache import SinkWindowCache, Step
 
 PREFIX = "segments_"
+OF_ANOTHER_MODEL = "this cache is another model's; make it with model.config of the one that uses it"
 # K, V [B, G, slots, C], and where they are quantised their scales [B, G, slots]
 Held: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -51,6 +52,11 @@ class KeyValues:
     @property
     def tokens(self) -> int:
         return 1 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Raises ValueError: an attention function that asks knows no `KeyValues`."""
+        raise ValueError(OF_ANOTHER_MODEL)
 
     def attend(
         self,
@@ -116,23 +122,25 @@ class SegmentLayer(CacheLayerMixin):
         self.device = keys.device
         self.prefix = self._prefix()
         self.is_initialized = True
-        if (copied := self.cache.copied_prefix) is not None:
-            held = copied.keys[self.index]
-            if (held.shape[0], held.shape[2]) != (keys.shape[1], keys.shape[3]):
-                raise ValueError(
-                    f"a prefix has K/V of {held.shape[0]} heads of {held.shape[2]}, this model of {keys.shape[1]} of "
-                    f"{keys.shape[3]}; make it with this model"
-                )
-            slots = torch.arange(len(copied), device=self.device).expand(len(keys), -1)
-            copied_keys, copied_values = (
-                tensors[self.index].to(self.device).expand(len(keys), -1, -1, -1)
-                for tensors in (copied.keys, copied.values)
+        self._copy_prefixes()
+
+    def _copy_prefixes(self) -> None:
+        """Into the sinks' slots, where rows do not share them."""
+        cache = self.cache
+        if cache.shares or cache.prefix_groups is None:
+            return
+        groups = cache.prefix_groups.to(self.device)[:, None]
+        for index, prefix in enumerate(cache.prefixes):
+            slots = torch.arange(len(prefix), device=self.device).expand(len(self.keys), -1)
+            keys, values = (
+                tensors[self.index].to(self.device).expand(len(self.keys), -1, -1, -1)
+                for tensors in (prefix.keys, prefix.values)
             )
-            self._write(copied_keys, copied_values, slots)
+            self._write(keys, values, torch.where(groups == index, slots, -1))
 
     def _prefix(self) -> PrefixSegment | None:
         cache = self.cache
-        if cache.prefix_groups is None or cache.prefix_lengths is None:
+        if not cache.shares:
             return None
         keys, values = (tensor.to(self.device) for tensor in stack_prefixes(cache.prefixes, self.index))
         key_scale = value_scale = None
@@ -160,6 +168,10 @@ class SegmentLayer(CacheLayerMixin):
             return self._attend_slots(query, step, scaling)
         if not self.is_initialized or self.device != new.keys.device:
             self.lazy_initialization(new.keys, new.values)
+        if self.key_scale is None and self.keys.dtype != query.dtype:
+            raise ValueError(
+                f"the cache holds {self.keys.dtype}, the model computes in {query.dtype} now: make a new one"
+            )
         queries = query.shape[2]
         plain = step.plain and queries == new.tokens
         # The window of the last query is what the slots hold after the step; earlier ones see what it pushes out.
@@ -273,10 +285,11 @@ class SegmentLayer(CacheLayerMixin):
         return 0, 0  # no mask is made: what is visible follows from positions
 
     def reset(self) -> None:
-        """Empty the slots, but for a prefix's copy: what is no number would come through a weight of 0."""
-        kept = 0 if self.cache.copied_prefix is None else self.cache.attention_sinks
+        """Empty the slots, but for copies of prefixes: what is no number would come through a weight of 0."""
         for tensor in self.tensors():
-            _bits(tensor)[:, :, kept:].zero_()
+            _bits(tensor).zero_()
+        if self.is_initialized:
+            self._copy_prefixes()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for tensor in self.tensors():
@@ -328,6 +341,8 @@ def _attention(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager_attention_forward)
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     # Perhaps of another copy of this code: every checkpoint brings one, and all register the same names.
+    if hasattr(key.layer.cache, "check_model"):
+        key.layer.cache.check_model(module.config)
     output = key.attend(query, kwargs.get("position_ids"), attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None
 

@@ -21,10 +21,21 @@ LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a G
 
 
 class SharedPrefix:
-    """Token ids, and one K and V [G, P, C] for every layer that a cache holds."""
+    """Token ids, and one K and V [G, P, C] for every layer that a cache holds.
 
-    def __init__(self, token_ids: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
+    `form` is that of the model which made them (`form_of`): a cache for a model of another form refuses the prefix.
+    That its weights are the same nobody can tell.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        form: Mapping[str, Any] | None = None,
+    ):
         self.token_ids, self.keys, self.values = tuple(token_ids), list(keys), list(values)
+        self.form = form
 
     @classmethod
     @torch.no_grad()
@@ -36,7 +47,8 @@ class SharedPrefix:
         cache = DynamicCache(config=model.config)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-        return cls(ids[0].tolist(), [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
+        keys, values = [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers]
+        return cls(ids[0].tolist(), keys, values, form_of(model.config))
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, text: str) -> SharedPrefix:
@@ -68,6 +80,14 @@ class SharedPrefix:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
 
+def form_of(config: Any) -> dict[str, Any]:
+    """What models must have in common to read each other's K/V, but for their weights; by the name of its key."""
+    names = ["model_type", "num_hidden_layers", "num_key_value_heads", "head_dim", "hidden_size", "rope_parameters"]
+    names += ["num_key_value_layers", "key_value_group_size", "key_value_groups"]  # of SwiftKV
+    form = {name: getattr(config, name, None) for name in names}
+    return form | {"head_dim": form["head_dim"] or config.hidden_size // config.num_attention_heads}
+
+
 def assign_prefixes(
     prefixes: Sequence[SharedPrefix], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, int]:
@@ -95,16 +115,18 @@ def assign_prefixes(
     return torch.tensor(groups, dtype=torch.int32), min(columns) if max(groups, default=-1) >= 0 else 0
 
 
-def sharing_pays(rows: int, tokens: int, token_bytes: int, device: torch.device) -> bool:
-    """Whether `rows` rows read a prefix of `tokens` tokens (`token_bytes` of K in a layer) faster as one than each.
+def sharing_pays(rows: int, lengths: Sequence[int], token_bytes: int, device: torch.device) -> bool:
+    """Whether `rows` rows read their prefixes, of `lengths` tokens (`token_bytes` of K in a layer), faster as segments
+    than as copies in slots of their own, of which every row has as many as the longest needs.
 
-    What it saves must be worth a second part of attention, and the merge. A long prefix of one row is faster on a GPU
-    as a segment of its own.
+    What it saves must be worth a part of attention more for each, and the merge. A long prefix of one row is faster on
+    a GPU as a segment of its own.
     """
-    saved = (rows - 1) * tokens * 2 * token_bytes
+    longest = max(lengths)
+    saved = (rows * longest - sum(lengths)) * 2 * token_bytes
     if device.type != "cpu":
-        return saved > 0 or tokens >= LONG_ON_GPU
-    return saved >= WORTH_ON_CPU and tokens >= LEAST_TOKENS_ON_CPU
+        return saved > 0 or longest >= LONG_ON_GPU
+    return saved >= WORTH_ON_CPU * len(lengths) and longest >= LEAST_TOKENS_ON_CPU
 
 
 def stack_prefixes(prefixes: Sequence[SharedPrefix], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FLASH = attention_partials.FLASH
 
 
+@pytest.fixture(autouse=True)
+def flash_is_tried_already():
+    """So that it is not counted among what is called."""
+    attention_partials._tried.cache_clear()
+    for dtype in (FP64, FP32, BF16, FP16):
+        assert attention_partials.has_flash(dtype)
+    yield
+    attention_partials._tried.cache_clear()
+
+
 class Watch(TorchDispatchMode):
     """Operators called, the shapes that attention's queries had, and the numbers of the largest tensor made."""
 
@@ -42,7 +52,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
-@pytest.mark.parametrize("how", ["missing", "other arguments", "refuses", "works"])
+@pytest.mark.parametrize("how", ["missing", "other arguments", "refuses", "wrong", "works"])
 def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
     called = []
 
@@ -50,21 +60,28 @@ def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
         called.append(args)
         raise RuntimeError("not for these tensors")
 
+    def wrong(*args, **kwargs):
+        output, log_sum_exp = plain(*args, **kwargs)
+        return output, log_sum_exp + 1
+
+    plain = getattr(torch.ops.aten, FLASH)
+
     if how == "missing":
         monkeypatch.setattr(attention_partials, "FLASH", "_no_such_operator")
     elif how == "other arguments":
         monkeypatch.setattr(
             attention_partials, "FLASH", "_softmax"
         )  # which takes other ones, and says so as torch does
-    elif how == "refuses":
-        monkeypatch.setattr(torch.ops.aten, FLASH, refuse)
+    elif how in ("refuses", "wrong"):
+        monkeypatch.setattr(torch.ops.aten, FLASH, refuse if how == "refuses" else wrong)
+        attention_partials._tried.cache_clear()
     for shape in ((3, 1, 20, 15), (2, 30, 9, 40)):
         case = make(*shape, pinned=4, dtype=dtype)
         with Watch() as watch:
             found = case(segment_attention)
         assert_close(found, case(naive_segment_attention), case, "cpu")
-        assert (FLASH in watch.calls) == (how == "works")
-    assert bool(called) == (how == "refuses")
+        assert watch.queries[1:] if how == "works" else not watch.queries[how == "wrong" :]  # the one that was tried
+    assert len(called) == (how == "refuses")
 
 
 @pytest.mark.parametrize("feature", ["amx_tile", None])

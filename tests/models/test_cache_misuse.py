@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, PhiConfig
 
 from swiftkv_models import (
     SharedPrefix,
@@ -24,6 +24,7 @@ from swiftkv_models.rope import ExactRotaryEmbedding
 from tiny import random_ids, randomise_tail, tiny_llama
 
 SAME = {"rtol": 0, "atol": 1e-9}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def swiftkv_model(**changes):
@@ -311,10 +312,84 @@ def test_a_cache_takes_its_rows_after_others_were_refused(monkeypatch):
     torch.testing.assert_close(logits(model, rows[:, 20:], cache), found)
 
 
-def test_a_copied_prefix_of_another_model():
-    model, other = swiftkv_model(), swiftkv_model(num_key_value_heads=1)
-    prefix = SharedPrefix.from_ids(other, random_ids(1, 4)[0])
-    rows = torch.tensor([[*prefix.token_ids, 5, 6]])
-    cache = new_cache(model, prefixes=prefix, input_ids=rows)
-    with pytest.raises(ValueError, match="make it with this model"):
-        logits(model, rows[:, 4:], cache)
+@pytest.mark.parametrize("pays", [True, False], ids=["shared", "copied"])
+def test_a_prefix_of_another_model(pays, monkeypatch):
+    """One of other sizes ended the process in torch's kernel; one of the base, whose sizes fit, gave wrong logits."""
+    monkeypatch.setattr("swiftkv_models.segment_cache.sharing_pays", lambda *_: pays)
+    model = swiftkv_model()
+    others = {
+        "a prefix has K/V of 1 heads of 8, this model of 2 of 8": swiftkv_model(num_key_value_heads=1),
+        "a prefix has K/V of 2 heads of 16, this model of 2 of 8": swiftkv_model(head_dim=16),
+        "a prefix was made by a model with model_type llama, this one has llama_swiftkv": tiny_llama(),
+    }
+    for message, other in others.items():
+        prefix = SharedPrefix.from_ids(other, random_ids(1, 4)[0])
+        rows = torch.tensor([[*prefix.token_ids, 5, 6]] * 2)
+        with pytest.raises(ValueError, match=f"{message}; make it with this model"):
+            new_cache(model, prefixes=prefix, input_ids=rows)
+
+
+def test_a_cache_of_another_model():
+    model, ids = swiftkv_model(), random_ids(1, 8)
+    for other in (
+        tiny_llama(),  # which does not know such caches yet
+        swiftkv_model(num_key_value_heads=1),
+        swiftkv_model(layers=5),
+        swiftkv_model(layers=8),
+    ):
+        for _ in range(2):  # also where both have caches of their own
+            with pytest.raises(ValueError, match="this cache is another model's; make it with model.config of the one"):
+                logits(other, ids, new_cache(model))
+            logits(other, ids, new_cache(other))
+
+
+def test_a_model_in_another_dtype_than_its_cache():
+    model, ids = swiftkv_model(), random_ids(1, 8)
+    cache = new_cache(model)
+    logits(model, ids, cache)
+    with pytest.raises(ValueError, match=r"the cache holds torch.float64, the model computes in torch.float32 now"):
+        logits(model.float(), ids[:, :1], cache)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GPT2Config(), GPTNeoXConfig(), PhiConfig(), LlamaConfig(rope_parameters={**ROPE, "partial_rotary_factor": 0.5})],
+    ids=lambda config: config.model_type,
+)
+def test_models_whose_positions_are_not_llamas(config):
+    with pytest.raises(ValueError, match="SinkWindowCache needs rotary positions as Llama has them, of whole heads"):
+        SinkWindowCache(config, window=4)
+
+
+@pytest.mark.parametrize("sizes", [{"window": "6"}, {"window": 6.0}, {"window": 6, "attention_sinks": None}])
+def test_sizes_are_whole_numbers(sizes):
+    with pytest.raises(ValueError, match="window must be a whole number of at least 1 and attention_sinks of at least"):
+        SinkWindowCache(swiftkv_model().config, **sizes)
+
+
+def test_a_stream_ends_where_positions_do():
+    model, ids = swiftkv_model(), random_ids(1, 8)
+    cache = new_cache(model)
+    logits(model, ids, cache)
+    cache.lengths += 2**31 - 20
+    cache.columns += 2**31 - 20
+    logits(model, ids, cache)
+    with pytest.raises(ValueError, match=r"a stream ends after 2,147,483,647 tokens: reset\(\) the cache"):
+        logits(model, ids, cache)
+    cache.reset()
+    logits(model, ids, cache)
+
+
+def test_prefixes_copied_beside_rows_without_one_survive_a_reset():
+    """The others' slots are emptied: NaN that came into them would come through a weight of 0."""
+    model = swiftkv_model()
+    prefix = SharedPrefix.from_ids(model, random_ids(1, 9)[0])
+    ids = torch.stack([torch.tensor([*prefix.token_ids, 5, 6, 7]), random_ids(1, 12, seed=3)[0]])
+    cache = new_cache(model, prefixes=prefix, input_ids=ids)
+    assert not cache.shares
+    found = logits(model, ids, cache)
+    for layer in cache.segments:
+        for tensor in layer.tensors():
+            tensor.fill_(float("nan"))
+    cache.reset()
+    torch.testing.assert_close(logits(model, ids, cache), found, rtol=0, atol=0)

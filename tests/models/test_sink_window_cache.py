@@ -171,17 +171,22 @@ def test_reset_forgets(model):
     torch.testing.assert_close(feed(model, ids, cache, [5, 15]), expected, **SAME)
 
 
+@pytest.mark.parametrize("how", ["turned sinks", "turned queries", "chunks", "shared prefix"])
 @pytest.mark.parametrize("far", [1000, 4_000_000])
-def test_a_stream_may_be_of_any_length(far):
+def test_a_stream_may_be_of_any_length(monkeypatch, far, how):
     """After a jump of millions of positions the window holds only tokens beyond it: the same logits as without."""
+    monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)
+    if how == "turned queries":  # as on a GPU
+        monkeypatch.setattr(SinkWindowCache, "_turns_sinks", lambda _: False)
     model, ids = swiftkv_model(dtype=torch.float32, rms_norm_eps=1e-5), random_ids(1, 40)
     found = []
     for jump in (100, far):
-        cache = SinkWindowCache(model.config, window=10, attention_sinks=4)
-        feed(model, ids[:, :14], cache, [14])
+        prefixes = SharedPrefix.from_ids(model, ids[0, :4]) if how == "shared prefix" else ()
+        cache = SinkWindowCache(model.config, window=10, attention_sinks=4, prefixes=prefixes, input_ids=ids)
+        feed(model, ids[:, cache.columns : 14], cache, [14 - cache.columns])
         cache.lengths += jump
         cache.columns += jump
-        found.append(feed(model, ids[:, 14:], cache, [1] * 26))
+        found.append(feed(model, ids[:, 14:], cache, [13, 13] if how == "chunks" else [1] * 26))
     # fp32 sums; with angles in fp32 as well the difference at four million is 1e-2 (the next test).
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-4)
 
@@ -205,7 +210,7 @@ def test_a_base_model_needs_exact_positions_for_that():
 
 @pytest.fixture(params=["shared", "copied"])
 def sharing(request, monkeypatch):
-    """Both ways to use a prefix, whatever would pay: `copied` is possible where all rows have the same one."""
+    """Both ways to use prefixes, whatever would pay."""
     monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: request.param == "shared")
     return request.param == "shared"
 
@@ -224,7 +229,7 @@ def test_a_shared_prefix_is_the_concatenated_prompt(model, sharing):
     cache = SinkWindowCache(
         model.config, window=40, attention_sinks=4, prefixes=[short, long], input_ids=ids, attention_mask=mask
     )
-    assert cache.shared_rows == 4
+    assert cache.shared_rows == (4 if sharing else 0)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "output_logits": True}
     options |= {"return_dict_in_generate": True}
     found = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
@@ -264,12 +269,12 @@ def test_prefix_and_stream_together_are_that_many_sinks(monkeypatch, model, chun
     assert bool(steps.called) == (sharing and chunks[0] == 1)
 
 
-def test_rows_with_a_prefix_beside_rows_without_sinks(model):
+def test_rows_with_a_prefix_beside_rows_without_sinks(model, sharing):
     """The prefix is met at its places in the cache, though nothing else is pinned."""
     prefix = prefix_of(model, 9)
     ids = torch.stack([torch.cat([torch.tensor(prefix.token_ids), random_ids(25)]), random_ids(34, seed=3)])
     cache = SinkWindowCache(model.config, window=6, attention_sinks=0, prefixes=prefix, input_ids=ids)
-    assert cache.shared_rows == 1
+    assert cache.shared_rows == sharing
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "output_logits": True}
     found = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **options)
     for row, sinks in enumerate((9, 0)):
@@ -281,15 +286,21 @@ def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
     prefix = prefix_of(model, 12)
     ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 7)], dim=1)
     assert SinkWindowCache(model.config, window=8, prefixes=prefix, input_ids=ids).shared_rows == 0  # some kilobytes
-    assert not shared_prefix.sharing_pays(1, 100, 10**3, torch.device("cuda"))
-    assert shared_prefix.sharing_pays(1, 10**4, 10**3, torch.device("cuda"))
-    assert shared_prefix.sharing_pays(2, 1, 3 * 64 * 2, torch.device("cuda"))
+    assert not shared_prefix.sharing_pays(1, [100], 10**3, torch.device("cuda"))
+    assert shared_prefix.sharing_pays(1, [10**4], 10**3, torch.device("cuda"))
+    assert shared_prefix.sharing_pays(2, [1], 3 * 64 * 2, torch.device("cuda"))
     on_cpu = torch.device("cpu")
-    assert shared_prefix.sharing_pays(16, 4096, 3 * 64 * 2, on_cpu)
-    assert shared_prefix.sharing_pays(2, 4096, 3 * 64 * 2, on_cpu)
-    assert not shared_prefix.sharing_pays(2, 512, 3 * 64 * 2, on_cpu)
-    assert not shared_prefix.sharing_pays(16, 64, 3 * 64 * 2, on_cpu)
-    assert not shared_prefix.sharing_pays(10**6, 64, 3 * 64 * 2, on_cpu)
+    for rows, lengths, pays in (
+        (16, [4096], True),
+        (2, [4096], True),
+        (2, [512], False),
+        (16, [64], False),
+        (10**6, [64], False),
+        (4, [256] * 4, False),  # nothing is read less often
+        (16, [1024, 1024], True),
+        (3, [1024, 1024], False),  # would be worth one part more, not two
+    ):
+        assert shared_prefix.sharing_pays(rows, lengths, 3 * 64 * 2, on_cpu) == pays, (rows, lengths)
 
 
 def test_a_stream_of_rows_that_differ_in_length_keeps_late_sinks(model):
@@ -385,7 +396,7 @@ def test_everything_at_once(model, sharing, quantization):
 @torch.no_grad()
 def test_what_is_refused(model):
     config, ids = model.config, random_ids(1, 5)
-    with pytest.raises(ValueError, match="window must be at least 1"):
+    with pytest.raises(ValueError, match="window must be a whole number of at least 1"):
         SinkWindowCache(config, window=0)
     with pytest.raises(ValueError, match="quantization 'int4' is not known; use int8 or fp8"):
         SinkWindowCache(config, window=4, quantization="int4")
@@ -429,10 +440,13 @@ def test_padding_that_positions_count_is_refused(model):
         model(random_ids(1, 4), position_ids=torch.tensor([[0, 0, 1, 2]]), past_key_values=cache)
 
 
-def test_frequencies_that_depend_on_the_length_are_refused():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_are_refused(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
     model = tiny_llama(rope_parameters=rope)
-    with pytest.raises(ValueError, match=r"SinkWindowCache needs rotary frequencies .* rope_type is 'dynamic'"):
+    with pytest.raises(ValueError, match=rf"SinkWindowCache needs rotary frequencies .* rope_type is '{kind}'"):
         SinkWindowCache(model.config, window=4)
 
 

@@ -181,8 +181,9 @@ def test_with_a_window_it_goes_on_beyond_the_context(talk, capsys, monkeypatch, 
     talk(window=32, system=system)
     cache = made[-1]  # random tokens seldom come back from text as they were, so turns begin anew
     assert cache.columns > 128
-    assert (cache.copied_prefix is not None) == (system is not None)
-    assert cache.attention_sinks == (len(cache.copied_prefix) if system else 4)
+    assert len(cache.prefixes) == (system is not None)
+    assert not cache.shares
+    assert cache.attention_sinks == (len(cache.prefixes[0]) if system else 4)
     assert len(capsys.readouterr().out.splitlines()) >= TURNS
 
 
