@@ -327,7 +327,7 @@ def plain_implementation(config: PretrainedConfig) -> str:
 
 def _attention(
     inner: str,
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor | KeyValues,
     value: torch.Tensor | KeyValues,
@@ -341,7 +341,7 @@ def _attention(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager_attention_forward)
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     # Perhaps of another copy of this code: every checkpoint brings one, and all register the same names.
-    if hasattr(key.layer.cache, "check_model"):
+    if hasattr(key.layer.cache, "check_model"):  # which early ones lack
         key.layer.cache.check_model(module.config)
     output = key.attend(query, kwargs.get("position_ids"), attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None

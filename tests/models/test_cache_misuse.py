@@ -338,7 +338,7 @@ def test_a_cache_of_another_model():
         swiftkv_model(layers=8),
     ):
         for _ in range(2):  # also where both have caches of their own
-            with pytest.raises(ValueError, match="this cache is another model's; make it with model.config of the one"):
+            with pytest.raises(ValueError, match=r"this cache is another model's; make it with model\.config"):
                 logits(other, ids, new_cache(model))
             logits(other, ids, new_cache(other))
 
