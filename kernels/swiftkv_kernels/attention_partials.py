@@ -254,9 +254,9 @@ def has_flash(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _tried(operator: str, dtype: torch.dtype) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, 1, 2, 8, generator=generator).to(dtype)
-    mask = torch.zeros(1, 1, 2, 2, dtype=accumulate(query))
+    generator = torch.Generator("cpu").manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 2, 8, generator=generator, device="cpu").to(dtype)
+    mask = torch.zeros(1, 1, 2, 2, dtype=accumulate(query), device="cpu")
     try:
         output, log_sum_exp = getattr(torch.ops.aten, operator)(query, key, value, attn_mask=mask, scale=1.0)
     except (AttributeError, RuntimeError, TypeError):

@@ -46,7 +46,7 @@ def make(
     """Slots at random positions or empty, queries at random ones: slots are past, future, and out of the window.
 
     K/V in `storage` (int8 or float8_e4m3fn) have random scales. Prefixes have `prefix` slots, one is full, others are
-    not; some rows have none.
+    not; some rows have none. The last query of row 0 sees all of the full one.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -82,6 +82,8 @@ def make(
         lengths = torch.randint(0, prefix + 1, (prefixes,), generator=random)
         lengths[-1] = prefix
         groups = torch.randint(-1, prefixes, (batch,), generator=random)
+        groups[0] = prefixes - 1
+        asked[0, -1:] = asked[0, -1:].clamp_min(prefix)
         prefix_key, prefix_value, *scales = stored(prefixes, prefix)
         integers = (tensor.int().to(device) for tensor in (lengths, groups))
         options["prefix"] = PrefixSegment(prefix_key, prefix_value, *integers, *scales)
