@@ -100,7 +100,8 @@ class _Conversation:
         if window is None:
             self._caches = KeptCaches(model.config, model.config.max_position_embeddings, max_entries=1)
         else:
-            self._caches = KeptStreams(self._window_cache(window), max_entries=1)
+            self._caches = KeptStreams(max_entries=1)
+            self._new_stream = self._window_cache(window)
 
     def answer(self, message: str, whole: bool = False) -> None:
         """Write the answer to `message` to standard output; it is shorter where the context ends, unless `whole`.
@@ -119,6 +120,8 @@ class _Conversation:
             self._model.generation_config, self._tokenizer, max_new_tokens=room, temperature=self._temperature
         )
         cache = self._caches.take(ids)
+        if cache is None:
+            cache = self._new_stream(ids)
         with contextlib.nullcontext(lambda: False) if whole else _interruptible() as stopped:
             output = generate(
                 self._model,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from swiftkv_models import SharedPrefix
+
 MAX_ENTRIES = 8
 SINKS = 4  # first tokens that a stream keeps for ever
 PIECE = 1024  # tokens of a prompt that run at once; between them it can be stopped
@@ -67,30 +69,54 @@ class KeptCaches:
 
 
 class KeptStreams:
-    """As `KeptCaches`, for caches that cannot be cut, `SinkWindowCache`s: a prompt goes on from all of one, or gets
-    what `new` makes for it. Each is of fixed size, so there is no limit but their number.
+    """As `KeptCaches`, for caches that cannot be cut, `SinkWindowCache`s: a prompt goes on from all of one. Each is of
+    fixed size, so there is no limit but their number.
     """
 
-    def __init__(self, new: Callable[[Sequence[int]], Any], max_entries: int = MAX_ENTRIES):
-        self._new = new
+    def __init__(self, max_entries: int = MAX_ENTRIES):
         self._max_entries = max_entries
         self._entries: list[tuple[list[int], Any]] = []  # tokens that went in, the last used at the end
 
     def take(self, token_ids: Sequence[int]) -> Any:
-        """The cache of as many of the prompt's first tokens as there is one of, but not of all; kept no longer."""
+        """The cache of as many of the prompt's first tokens as there is one of, but not of all; kept no longer.
+
+        None where there is none.
+        """
         lengths = [
             len(tokens) if _shared_length(tokens, token_ids) == len(tokens) < len(token_ids) else 0
             for tokens, _ in self._entries
         ]
         longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
         if longest is None or not lengths[longest]:
-            return self._new(token_ids)
+            return None
         return self._entries.pop(longest)[1]
 
     def keep(self, token_ids: Sequence[int], cache: Any) -> None:
         """Keep what holds the first of `token_ids`, as many as its length says."""
         if tokens := list(token_ids[: cache.get_seq_length()]):
             self._entries = [*self._entries, (tokens, cache)][-self._max_entries :] if self._max_entries else []
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+class KeptPrefixes:
+    """What `model` makes of system messages, each run once: the last used `max_entries` of them."""
+
+    def __init__(self, model: Any, max_entries: int = MAX_ENTRIES):
+        self._model = model
+        self._max_entries = max_entries
+        self._entries: dict[tuple[int, ...], SharedPrefix] = {}  # the last used at the end
+
+    def get(self, token_ids: Sequence[int]) -> tuple[SharedPrefix, bool]:
+        """The prefix of these tokens, and whether it was there."""
+        found = self._entries.pop(tuple(token_ids), None)
+        prefix = SharedPrefix.from_ids(self._model, token_ids) if found is None else found
+        if self._max_entries:
+            self._entries[prefix.token_ids] = prefix
+            while len(self._entries) > self._max_entries:
+                del self._entries[next(iter(self._entries))]
+        return prefix, found is not None
 
     def clear(self) -> None:
         self._entries.clear()

@@ -57,20 +57,8 @@ class SharedPrefix:
 
     @classmethod
     def from_messages(cls, model: Any, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> SharedPrefix:
-        """Of the first messages of a chat, a system prompt for instance: the tokens that the chat template puts before
-        whatever a user says next.
-
-        Raises ValueError where that is nothing.
-        """
-        ways = [
-            tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}], tokenize=True)
-            for text in ("0", "What?")
-        ]
-        first, second = (way["input_ids"] if isinstance(way, Mapping) else way for way in ways)
-        common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
-        if common == 0:
-            raise ValueError("the chat template begins differently with every message; no prefix is shared")
-        return cls.from_ids(model, first[:common])
+        """Of the first messages of a chat, a system prompt for instance (see `beginning_of_chat`)."""
+        return cls.from_ids(model, beginning_of_chat(tokenizer, messages))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -78,6 +66,22 @@ class SharedPrefix:
     @property
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+
+def beginning_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens that a chat template makes of messages before whatever a user says next.
+
+    Raises ValueError where there are none.
+    """
+    ways = [
+        tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}], tokenize=True)
+        for text in ("0", "What?")
+    ]
+    first, second = (way["input_ids"] if isinstance(way, Mapping) else way for way in ways)
+    common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+    if common == 0:
+        raise ValueError("the chat template begins differently with every message; no prefix is shared")
+    return list(first[:common])
 
 
 def form_of(config: Any) -> dict[str, Any]:

@@ -301,8 +301,8 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Keep the first 4 and so many last tokens of a conversation, which then may go on without end in "
-            "fixed memory; what leaves the window is forgotten.",
+            help="Keep the system message (or the first 4 tokens) and so many last tokens of a conversation, which "
+            "then may go on without end in fixed memory; what leaves the window is forgotten.",
         ),
     ] = None,
     dtype: Dtype = "auto",

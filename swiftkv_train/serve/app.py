@@ -31,7 +31,7 @@ from swiftkv_train.serve.contract import (
     QueueFullError,
     TokenStream,
 )
-from swiftkv_train.serve.prompts import chat_token_ids, completion_token_ids, generation_request
+from swiftkv_train.serve.prompts import Prompt, chat_prompt, completion_token_ids, generation_request
 from swiftkv_train.serve.replies import ChatReply, CompletionReply, PromptTokensDetails, Reply, Usage
 from swiftkv_train.serve.request_log import RequestLog, Served, served
 from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest, GenerationParameters
@@ -98,7 +98,7 @@ def create_app(
     info = engine.info
 
     async def answer(
-        request: Request, schema: type[Schema], token_ids_of: Callable[[Schema], list[int]], reply: Reply
+        request: Request, schema: type[Schema], prompt_of: Callable[[Schema], Prompt], reply: Reply
     ) -> Response:
         body = await read_body(request, schema, max_body_bytes)
         _check_model(body.model, info.name)
@@ -109,10 +109,10 @@ def create_app(
         _check_accepting(engine)  # before the work of tokenizing
         if tokenizing.statistics().tasks_waiting >= MAX_UNTOKENIZED:
             raise _queue_full()
-        token_ids = await anyio.to_thread.run_sync(token_ids_of, body, limiter=tokenizing)
-        tokens = _submit(engine, generation_request(body, token_ids, info, max_output_tokens))
+        prompt = await anyio.to_thread.run_sync(prompt_of, body, limiter=tokenizing)
+        tokens = _submit(engine, generation_request(body, prompt, info, max_output_tokens))
         record = served(request.scope)
-        record.prompt_tokens = len(token_ids)
+        record.prompt_tokens = len(prompt.token_ids)
         if not body.stream:
             return await _whole_answer(request, tokens, reply, record)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -120,17 +120,17 @@ def create_app(
 
     @app.post("/v1/chat/completions", dependencies=keyed, response_model=None)
     async def chat_completions(request: Request) -> Response:
-        def token_ids_of(body: ChatCompletionRequest) -> list[int]:
-            return chat_token_ids(engine.tokenizer, body)
+        def prompt_of(body: ChatCompletionRequest) -> Prompt:
+            return chat_prompt(engine.tokenizer, body, info)
 
-        return await answer(request, ChatCompletionRequest, token_ids_of, ChatReply(info.name))
+        return await answer(request, ChatCompletionRequest, prompt_of, ChatReply(info.name))
 
     @app.post("/v1/completions", dependencies=keyed, response_model=None)
     async def completions(request: Request) -> Response:
-        def token_ids_of(body: CompletionRequest) -> list[int]:
-            return completion_token_ids(engine.tokenizer, body, info)
+        def prompt_of(body: CompletionRequest) -> Prompt:
+            return Prompt(completion_token_ids(engine.tokenizer, body, info))
 
-        return await answer(request, CompletionRequest, token_ids_of, CompletionReply(info.name))
+        return await answer(request, CompletionRequest, prompt_of, CompletionReply(info.name))
 
     model_card = {
         "id": info.name,

@@ -17,7 +17,7 @@ from swiftkv_models import SinkWindowCache, use_exact_positions
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids
-from swiftkv_train.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptStreams, generate
+from swiftkv_train.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptPrefixes, KeptStreams, generate
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
@@ -147,9 +147,10 @@ class GenerateEngine:
     At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
     the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With `reuse` the K/V of
     up to that many tokens are kept for later requests that begin alike. With a `window` every request has a cache of
-    the first SINKS tokens and the last `window` ones: there is no context length then but the one that is given, and
-    with `reuse` a few such caches are kept for prompts that go on from all of one. A cancelled request stops at its
-    next token, or before the next piece of its prompt.
+    the last `window` tokens and the system's messages, or the first SINKS tokens where there are none or they leave
+    the window no room in the model's context: there is no context length then but the one that is given, and with
+    `reuse` a few such caches are kept for prompts that go on from all of one, and K/V of a few systems' messages for
+    new ones. A cancelled request stops at its next token, or before the next piece of its prompt.
     """
 
     def __init__(
@@ -179,16 +180,16 @@ class GenerateEngine:
             vocab_size=int(model.get_input_embeddings().num_embeddings),
             default_temperature=default_temperature(self._defaults),
             default_top_p=1.0 if self._defaults.top_p is None else float(self._defaults.top_p),
+            streams=window is not None,
         )
         self._kept: KeptCaches | KeptStreams
         if window is None:
             self._kept = KeptCaches(model.config, (context_length or own) if reuse else 0)
         else:
             use_exact_positions(model)
-            self._kept = KeptStreams(
-                lambda token_ids: SinkWindowCache(model.config, window=window, attention_sinks=SINKS),
-                MAX_ENTRIES if reuse else 0,
-            )
+            self._kept = KeptStreams(MAX_ENTRIES if reuse else 0)
+        self._window, self._room = window or 0, own - (window or 0)
+        self._prefixes = KeptPrefixes(model, MAX_ENTRIES if reuse else 0)
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)
@@ -279,6 +280,7 @@ class GenerateEngine:
             except Exception:
                 logger.exception("generation failed")
                 self._kept.clear()  # whose memory the next one may need
+                self._prefixes.clear()
                 failed = 1
             with self._changed:
                 self._running = None
@@ -299,8 +301,11 @@ class GenerateEngine:
 
     def _generate(self, job: _Job, sink: _TokenSink) -> None:
         request, device = job.request, self._model.device
-        cache = self._kept.take(request.prompt_token_ids)
-        sink.cached_tokens = cache.get_seq_length()
+        cache: Any = self._kept.take(request.prompt_token_ids)
+        if cache is None:
+            cache, sink.cached_tokens = self._new_stream(request)
+        else:
+            sink.cached_tokens = cache.get_seq_length()
         config = decoding_config(
             self._defaults,
             self._decoding_tokenizer,
@@ -323,6 +328,15 @@ class GenerateEngine:
                 stopping_criteria=StoppingCriteriaList([sink]),
             )
         self._kept.keep(tokens, cache)
+
+    def _new_stream(self, request: GenerationRequest) -> tuple[SinkWindowCache, int]:
+        """And how many tokens of its prompt were run for an earlier request."""
+        options: dict[str, Any] = {}
+        cached, ids, count = 0, request.prompt_token_ids, request.system_tokens
+        if SINKS <= count <= self._room and count < len(ids):
+            prefix, was_there = self._prefixes.get(ids[:count])
+            options, cached = {"prefixes": prefix, "input_ids": torch.tensor([list(ids)])}, count * was_there
+        return SinkWindowCache(self._model.config, window=self._window, attention_sinks=SINKS, **options), cached
 
 
 def _own_context_length(model: Any) -> int:

@@ -1,8 +1,9 @@
 """From a checked request to what the engine takes: token ids, and limits that fit the model's context."""
 
+import itertools
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from swiftkv_train.loading import one_line
 from swiftkv_train.serve.api_error import ApiError
@@ -10,7 +11,12 @@ from swiftkv_train.serve.contract import GenerationRequest, ModelInfo
 from swiftkv_train.serve.schemas import ChatCompletionRequest, CompletionRequest, GenerationParameters
 
 
-def chat_token_ids(tokenizer: Any, body: ChatCompletionRequest) -> list[int]:
+class Prompt(NamedTuple):
+    token_ids: Sequence[int]
+    system_tokens: int = 0  # see GenerationRequest
+
+
+def chat_prompt(tokenizer: Any, body: ChatCompletionRequest, info: ModelInfo) -> Prompt:
     """The conversation in the model's chat template, open for the assistant's turn. Raises ApiError (400)."""
     if not tokenizer.chat_template:
         raise ApiError(
@@ -24,12 +30,26 @@ def chat_token_ids(tokenizer: Any, body: ChatCompletionRequest) -> list[int]:
         token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         if not token_ids:
             raise ValueError("it makes nothing of them")
-        return token_ids
+        return Prompt(token_ids, _system_tokens(tokenizer, messages, token_ids) if info.streams else 0)
     except Exception as error:  # a template is a program, which may fail in any way
         reason = one_line(error)
         raise ApiError(
             400, f"The model's chat template refuses these messages: {reason}", code="invalid_value", param="messages"
         ) from error
+
+
+def _system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
+    """How many of the conversation's first tokens are those of the system's messages that it begins with."""
+    from swiftkv_models.shared_prefix import beginning_of_chat
+
+    system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    if not system:
+        return 0
+    try:
+        beginning = beginning_of_chat(tokenizer, system)
+    except Exception:  # a template that would refuse them if a user spoke next
+        return 0
+    return len(beginning) if list(token_ids[: len(beginning)]) == beginning else 0
 
 
 def completion_token_ids(tokenizer: Any, body: CompletionRequest, info: ModelInfo) -> list[int]:
@@ -50,9 +70,10 @@ def completion_token_ids(tokenizer: Any, body: CompletionRequest, info: ModelInf
 
 
 def generation_request(
-    body: GenerationParameters, token_ids: Sequence[int], info: ModelInfo, max_output_tokens: int
+    body: GenerationParameters, prompt: Prompt, info: ModelInfo, max_output_tokens: int
 ) -> GenerationRequest:
     """What the engine shall do. Raises ApiError (400) where prompt and answer do not fit the model or the server."""
+    token_ids = prompt.token_ids
     param, asked = _asked_max_tokens(body)
     left = sys.maxsize if info.context_length is None else info.context_length - len(token_ids)
     if left < (asked or 1):
@@ -80,6 +101,7 @@ def generation_request(
         repetition_penalty=body.repetition_penalty,
         stop=tuple(body.stop or ()),
         seed=body.seed,
+        system_tokens=prompt.system_tokens,
     )
 
 

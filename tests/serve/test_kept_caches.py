@@ -11,9 +11,10 @@ from serving import WAIT_S, config, running
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swiftkv_models
+from swiftkv_models.shared_prefix import beginning_of_chat
 from swiftkv_train import kept_caches
 from swiftkv_train.errors import UserError
-from swiftkv_train.kept_caches import KeptCaches, generate
+from swiftkv_train.kept_caches import KeptCaches, KeptPrefixes, generate
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent
 
 FIRST = list(range(10, 50))
@@ -181,9 +182,9 @@ def test_usage_and_metrics_tell(model: Any, tokenizer: PreTrainedTokenizerFast) 
 # Streams
 
 
-def streamed(model: Any, prompt: list[int], count: int) -> list[int]:
+def streamed(model: Any, prompt: list[int], count: int, sinks: int = 4) -> list[int]:
     """The answer of a model with a window of its own, its tokens fed one by one."""
-    cache = swiftkv_models.SinkWindowCache(model.config, window=16, attention_sinks=4)
+    cache = swiftkv_models.SinkWindowCache(model.config, window=16, attention_sinks=sinks)
     ids = list(prompt)
     with torch.no_grad():
         for token in prompt[:-1]:
@@ -222,6 +223,34 @@ def test_a_window_lets_conversations_go_on_without_end(
         answer(engine, FIRST)
         assert run[0] == 40
     engine.close()
+
+
+def test_a_stream_keeps_the_system_message_which_runs_once(
+    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sink: each answer is that of a cache whose sinks are the system message's tokens."""
+    system = [{"role": "system", "content": "the cat sat on the mat"}]
+    count = len(beginning_of_chat(tokenizer, system))
+    with running(model, tokenizer, window=16) as it:
+        for turn, question in enumerate(("the dog", "the other mat and the dog sat on the other mat")):
+            messages = [*system, {"role": "user", "content": question}]
+            run.clear()
+            body = {"messages": messages, "max_tokens": 12, "temperature": 0}
+            reply = it.post(body).json()
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            assert run[: 2 - turn] == [count, len(ids) - count][turn:]
+            assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == count * turn
+            said = streamed(model, ids, reply["usage"]["completion_tokens"], sinks=count)
+            assert reply["choices"][0]["message"]["content"] == tokenizer.decode(said, skip_special_tokens=True)
+            assert len(ids) + len(said) > count + 16  # the window has gone by
+        run.clear()
+        it.post({**body, "messages": [{"role": "user", "content": "a"}]})
+        assert run[0] != count
+    monkeypatch.setattr(model.config, "max_position_embeddings", count + 15)  # no room for both
+    with running(model, tokenizer, window=16) as it:
+        run.clear()
+        it.post(body)
+        assert run[0] == len(ids)
 
 
 @pytest.mark.parametrize("window", [0, 4097])
@@ -295,3 +324,11 @@ def test_a_beginning_leaves_the_kept_one_as_it_is(model: Any, filled: Callable[[
     assert cache.get_seq_length() == 40
     after = [layer.keys for layer in cache.layers if layer.keys is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_prefixes_are_run_once_and_the_last_used_stay(model: Any, run: list[int]) -> None:
+    kept = KeptPrefixes(model, max_entries=2)
+    found = [kept.get(ids)[1] for ids in ([1, 2, 3], [4, 5], [1, 2, 3], [6, 7], [4, 5], [1, 2, 3])]
+    assert found == [False, False, True, False, False, False]
+    assert run == [3, 2, 2, 2, 3]
+    assert [KeptPrefixes(model, 0).get([1, 2])[1] for _ in range(2)] == [False, False]
