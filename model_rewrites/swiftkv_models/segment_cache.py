@@ -166,8 +166,8 @@ class SinkWindowCache(Cache):
         lengths = [len(prefix) for prefix in self.prefixes]
         self.prefix_lengths = torch.tensor(lengths, dtype=torch.int32)
         keys = self.prefixes[0].keys[0]
-        token_bytes = keys.shape[0] * keys.shape[-1] * (self.quantized_dtype or keys.dtype).itemsize
-        self.shares = sharing_pays(len(groups), lengths, token_bytes, keys.device)
+        dtype = self.quantized_dtype or keys.dtype
+        self.shares = sharing_pays(groups.tolist(), lengths, keys.shape[0] * keys.shape[-1], dtype, keys.device)
         everywhere = bool((groups >= 0).all())
         if everywhere:
             self.least_pinned = min(lengths)

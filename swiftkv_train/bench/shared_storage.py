@@ -80,7 +80,7 @@ Attention = Callable[[], Tensor]  # -> [B, H, 1, C]
 def shares(layer: LayerTensors) -> bool:
     """Whether a `SinkWindowCache` shares the prefix here, or copies it into the rows."""
     _, kv_heads, prefix, size = layer.prefix_key.shape
-    return sharing_pays(len(layer.key), [prefix], kv_heads * size * layer.key.element_size(), layer.key.device)
+    return sharing_pays([0] * len(layer.key), [prefix], kv_heads * size, layer.key.dtype, layer.key.device)
 
 
 def ours(layer: LayerTensors) -> Attention:

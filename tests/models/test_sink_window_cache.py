@@ -286,21 +286,23 @@ def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
     prefix = prefix_of(model, 12)
     ids = torch.cat([torch.tensor([prefix.token_ids] * 2), random_ids(2, 7)], dim=1)
     assert SinkWindowCache(model.config, window=8, prefixes=prefix, input_ids=ids).shared_rows == 0  # some kilobytes
-    assert not shared_prefix.sharing_pays(1, [100], 10**3, torch.device("cuda"))
-    assert shared_prefix.sharing_pays(1, [10**4], 10**3, torch.device("cuda"))
-    assert shared_prefix.sharing_pays(2, [1], 3 * 64 * 2, torch.device("cuda"))
-    on_cpu = torch.device("cpu")
-    for rows, lengths, pays in (
-        (16, [4096], True),
-        (2, [4096], True),
-        (2, [512], False),
-        (16, [64], False),
-        (10**6, [64], False),
-        (4, [256] * 4, False),  # nothing is read less often
-        (16, [1024, 1024], True),
-        (3, [1024, 1024], False),  # would be worth one part more, not two
+    for device, groups, lengths, pays in (
+        ("cuda", [0], [100], False),
+        ("cuda", [0], [10**4], True),
+        ("cuda", [0] * 2, [1], True),
+        ("cuda", [0, 1], [100, 100], False),
+        ("cpu", [0] * 16, [4096], True),
+        ("cpu", [0] * 2, [4096], True),
+        ("cpu", [0] * 2, [512], False),
+        ("cpu", [0] * 16, [64], False),
+        ("cpu", [0] * 10**6, [64], False),
+        ("cpu", [0, -1], [64], False),
+        ("cpu", [0, 1, 2, 3], [256] * 4, False),  # nothing is read less often
+        ("cpu", [0, 1] * 8, [1024] * 2, True),
+        ("cpu", [0, 1] * 4, [1024] * 2, False),  # would be worth one part more, not two
     ):
-        assert shared_prefix.sharing_pays(rows, lengths, 3 * 64 * 2, on_cpu) == pays, (rows, lengths)
+        found = shared_prefix.sharing_pays(groups, lengths, 3 * 64, torch.bfloat16, torch.device(device))
+        assert found == pays, (device, len(groups), lengths)
 
 
 def test_a_stream_of_rows_that_differ_in_length_keeps_late_sinks(model):
