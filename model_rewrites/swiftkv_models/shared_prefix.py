@@ -17,9 +17,9 @@ from transformers.cache_utils import DynamicCache
 # On CPU, of one prefix that all rows have: bytes of K/V in a layer that are not read (at 0.75 MiB sharing is as fast),
 # and tokens (the rows' own are read as before, by a part of attention of their own).
 WORTH_ON_CPU, LEAST_TOKENS_ON_CPU = 1 << 20, 128
-# Of several, or of rows beside them that have none: numbers of K/V, for each prefix and once more. With two of 1,024
-# tokens 8 rows took 1.05 times as long as with copies, 16 rows 0.76 times; with four of 512 tokens 16 rows 1.3 times, 32
-# rows 0.88 times.
+# Of several, or of rows beside them that have none: numbers of K/V, for each prefix and once more. With two prefixes of
+# 1,024 tokens 8 rows took 1.05 times as long as with copies, 16 rows 0.76 times; with four of 512 tokens 16 rows 1.3
+# times, 32 rows 0.88 times.
 WORTH_OF_A_GROUP_ON_CPU = 1 << 20
 LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a GPU; pinned slots it does not
 
