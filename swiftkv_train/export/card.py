@@ -21,10 +21,12 @@ faster. The files beside the weights are all the code it needs, also for these c
 ```python
 inputs = tokenizer(SYSTEM_PROMPT + "...", add_special_tokens=False, return_tensors="pt")
 # Text without end in a fixed memory: the first 4 tokens and the last 1,020 (attention sinks). The rest is forgotten.
-model.generate(**inputs, past_key_values=model.sink_window_cache(window=1020, attention_sinks=4))
+cache = model.sink_window_cache(window=1020, attention_sinks=4)
+model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
 # A prompt that many requests begin with, prefilled once and kept once (relay attention); the two go together.
 prefix = model.shared_prefix(tokenizer, SYSTEM_PROMPT)
-model.generate(**inputs, past_key_values=model.sink_window_cache(window=1020, prefixes=prefix, **inputs))
+cache = model.sink_window_cache(window=1020, prefixes=prefix, **inputs)
+model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
 ```"""
 ARCTIC_USAGE = """For vLLM with the plugin ArcticInference, which brings the model's code. None lies here, so
 transformers does not load it.

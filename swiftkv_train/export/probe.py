@@ -7,6 +7,7 @@ imported, so that the checkpoint has to bring everything itself. Hence nothing o
 import json
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -26,28 +27,30 @@ class _Words:
 def logits_of(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits [3, .., V] of ids [3, T], by the name of the way; of streams and prefixes a chunk and single tokens.
 
-    Two of the rows begin with the same prefix, so that they share it on any device.
+    Two of the rows begin with the same prefix: they share it, or have copies of it, whatever would pay.
     """
 
     def fed(cache: Any) -> torch.Tensor:
         parts = [ids[:, :-SINGLE], *ids[:, -SINGLE:].split(1, dim=1)]
         return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1)
 
-    prefix = model.shared_prefix(_Words(), ids[0, :PREFIX_TOKENS])
-    relay = model.sink_window_cache(window=ids.shape[1], prefixes=prefix, input_ids=ids)
-    if relay.shared_rows != 2:
-        raise RuntimeError("rows that begin with a shared prefix do not share it")
     stream = {"window": WINDOW, "attention_sinks": SINKS}
+    behind = {"prefixes": model.shared_prefix(_Words(), ids[0, :PREFIX_TOKENS]), "input_ids": ids}
+    kinds = {"relay": ids.shape[1], "relay in a stream": WINDOW}
+    caches: dict[str, Any] = {}
+    module = sys.modules[type(model.sink_window_cache(**stream)).__module__]
+    for how, pays in ((", copied", False), ("", True)):
+        with patch.object(module, "sharing_pays", lambda *_, pays=pays: pays):
+            caches |= {name + how: model.sink_window_cache(window=window, **behind) for name, window in kinds.items()}
+    if [cache.shared_rows for cache in caches.values()] != [0, 0, 2, 2]:
+        raise RuntimeError("rows that begin with a shared prefix do not share it, or do not have copies of it")
     return {
         "full": model(ids, use_cache=False).logits,
         "prefill": model(ids, use_cache=True, logits_to_keep=1).logits,
         "decoding": fed(DynamicCache(config=model.config)),
         "stream": fed(model.sink_window_cache(**stream)),
         "8-bit stream": fed(model.sink_window_cache(**stream, quantization="int8")),
-        "relay": fed(relay)[:, PREFIX_TOKENS:],
-        "relay in a stream": fed(model.sink_window_cache(window=WINDOW, prefixes=prefix, input_ids=ids))[
-            :, PREFIX_TOKENS:
-        ],
+        **{name: fed(cache)[:, PREFIX_TOKENS:] for name, cache in caches.items()},
     }
 
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swiftkv_models  # noqa: F401  (registers its model types)
 from debug_recipe import metrics, write_recipe
+from swiftkv_train.errors import RunError
+from swiftkv_train.export.check import check_in_clean_process
 from swiftkv_train.fetch.demo_tasks import write_task
 from swiftkv_train.run_directory import RunDirectory
 
@@ -53,9 +55,9 @@ def test_the_checkpoint_is_whole_and_holds_no_dead_weight(project):
         assert torch.equal(stored[name], tensor), name
 
 
-CLEAN = """
-import json, sys
-blocked = ("swiftkv_models", "swiftkv_kernels", "swiftkv_train")
+CLEAN = r"""
+import json, re, sys
+blocked = ("swiftkv_models", "swiftkv_kernels", "swiftkv_train", "triton")
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
@@ -67,6 +69,11 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 inputs = tokenizer(json.loads(sys.argv[2]), return_tensors="pt", padding=True, padding_side="left")
 ids = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+card = open(sys.argv[1] + "/README.md").read()
+names = {"SYSTEM_PROMPT": json.loads(sys.argv[2])[1]}
+for block in re.findall("```python\n(.*?)```", card, re.DOTALL):  # as somebody would paste it
+    exec(block.replace("PATH", sys.argv[1]), names)
+assert len(names["prefix"]) > 10
 assert not [name for name in sys.modules if name.split(".")[0] in blocked]
 print(json.dumps({"ids": ids.tolist(), "class": type(model).__module__}))
 """
@@ -93,6 +100,24 @@ def test_the_checkpoint_generates_where_this_project_is_not_installed(project, t
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     expected = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert found["ids"] == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "way"),
+    [
+        ("window=self.cache.window,", "window=self.cache.window + 1,", "stream"),
+        ("prefix=self.prefix,", "prefix=None,", "relay"),
+    ],
+    ids=["window", "prefix"],
+)
+def test_a_checkpoint_whose_caches_go_wrong_is_not_exported(project, tmp_path, right, wrong, way):
+    copy = shutil.copytree(project.checkpoint, tmp_path / "checkpoint")
+    code = copy / "swiftkv_models_segment_layer.py"
+    text = code.read_text()
+    assert right in text
+    code.write_text(text.replace(right, wrong))
+    with pytest.raises(RunError, match=rf"the exported checkpoint's logits \({way}.*\) differ by "):
+        check_in_clean_process(copy, AutoModelForCausalLM.from_pretrained(project.checkpoint))
 
 
 def test_evaluate_reports_and_its_gate_decides_the_status(project, tmp_path, monkeypatch):
