@@ -1,4 +1,4 @@
-"""Put measured figures into the project's README and quality/README.md: python benchmarks/tables.py [--check]"""
+"""Put measured figures into the project's README and those beside this file: python benchmarks/tables.py [--check]"""
 
 from __future__ import annotations
 
@@ -118,7 +118,25 @@ def stream_rows(file: str, stream: dict[str, Any]) -> list[str]:
     for window, row in longest.items():
         what = f"{processor(stream)}: a token of a stream, {model}, window {row['sinks']} + {window:,}"
         lines += against(row, f"{what}, {row['tokens']:,} tokens on", file)
+        (_, ours), *others = row["contenders"].items()
+        peak, *peaks = (cell["peak_bytes"] / 2**20 for cell in (ours, *(cell for _, cell in others)))
+        cells = "; ".join(f"{other:,.1f} MiB" for other in peaks), "; ".join(f"{other / peak:.2f}" for other in peaks)
+        names = "; ".join(name for name, _ in others)
+        what = f"its peak memory beside the weights, against {names}"
+        lines.append(f"| {what} | {peak:,.1f} MiB | {cells[0]} | {cells[1]} | `{file}` |")
     return lines
+
+
+def stream_targets() -> str:
+    """What was aimed for of streams, and what would be reached if our attention took no time."""
+    lines = ["| file | ours over | window | wanted | found | bound |", "|---|---|---|---|---|---|"]
+    for file in STREAMS:
+        for row in load(file)["targets"]:
+            other, _, window = row["what"].removeprefix("ours over ").partition(", window ")
+            found, bound = f"{row['found']:.2f}", f"{row['bound']:.2f}" if "bound" in row else "not measured"
+            found = found if row["reached"] else f"**{found}**"
+            lines.append(f"| `{file}` | {other} | {window} | {row['wanted']} | {found} | {bound} |")
+    return "\n".join(lines)
 
 
 def processor(result: dict[str, Any]) -> str:
@@ -181,11 +199,9 @@ def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
     return lines
 
 
+STREAMS = ("stream.json", "stream_amd.json", "stream_base.json", "stream_base_amd.json")
 INFERENCE: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    **{
-        file: partial(stream_rows, file)
-        for file in ("stream.json", "stream_amd.json", "stream_base.json", "stream_base_amd.json")
-    },
+    **{file: partial(stream_rows, file) for file in STREAMS},
     "stream_long.json": long_stream_rows,
     "relay.json": relay_rows,
     **{file: partial(decode_rows, file) for file in ("decode.json", "decode_amd.json")},
@@ -312,16 +328,20 @@ STUDY: dict[str, Callable[[], str]] = {
     "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),
     "tried": partial(variants, "quality/tried.json"),
-    "ideas": partial(variants, "quality/ideas.json"),
+    # "ideas": partial(variants, "quality/ideas.json"),
     "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
-    "ideas_of_groups": partial(variants, "quality/ideas_g2.json"),
+    # "ideas_of_groups": partial(variants, "quality/ideas_g2.json"),
     "million_groups2": partial(variants, "quality/million_groups2.json"),
     "forms": partial(forms, "quality/layers.json"),
     "calibration": partial(forms, "quality/calibration.json"),
 }
-FILES = {README: TABLES, FOLDER / "quality/README.md": STUDY}
+FILES = {
+    README: TABLES,
+    FOLDER / "README.md": {"stream_targets": stream_targets},
+    FOLDER / "quality/README.md": STUDY,
+}
 
 
 def filled(readme: str, tables: dict[str, Callable[[], str]]) -> str:
