@@ -13,7 +13,17 @@ import typer
 
 from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.cli.bench import app as bench_app
-from swiftkv_train.cli.options import Dtype, Json, Overrides, RecipeArgument, example, print_json, say
+from swiftkv_train.cli.options import (
+    Dtype,
+    Json,
+    KVBudget,
+    Overrides,
+    PrefillBudget,
+    RecipeArgument,
+    example,
+    print_json,
+    say,
+)
 from swiftkv_train.errors import RunError, UserError
 
 app = typer.Typer(
@@ -68,6 +78,8 @@ def plan(
         Path | None,
         typer.Option(help="What `swiftkv calibrate RECIPE --layers FILE` wrote: also show what every l would lose."),
     ] = None,
+    prefill_budget: PrefillBudget = None,
+    kv_budget: KVBudget = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run will train, compute and hold, by part, from the base's config alone: no weights, no GPU."""
@@ -77,6 +89,7 @@ def plan(
         raise UserError("--gpu-memory goes with --device cuda")
     if gpu_memory is not None and not math.isfinite(gpu_memory * 2**30):
         raise UserError(f"--gpu-memory {gpu_memory:g} is no size; give the GiB of one GPU")
+    _check_budgets(layers, prefill_budget, kv_budget)
     from swiftkv_train.recipe_file import load_recipe
 
     checked = load_recipe(recipe, overrides)
@@ -86,9 +99,11 @@ def plan(
     limit = None if gpu_memory is None else round(gpu_memory * 2**30)
     result = run(checked, processes=processes, device=device, context=context, gpu_memory=limit)
     if layers is not None:
-        from swiftkv_train.plan.layers import read
+        from swiftkv_train.plan.layers import read, within_budget
 
         result["layers"] = read(layers, result)
+        if (prefill_budget, kv_budget) != (None, None):
+            result["layers"]["within_budget"] = within_budget(result["layers"], prefill_budget, kv_budget)
     if as_json:
         print_json(result)
     else:
@@ -99,6 +114,14 @@ def plan(
         if not result["fit"]["fits"]:
             raise RunError(verdict(result))
         say(verdict(result))
+
+
+def _check_budgets(layers: Path | None, *budgets: float | None) -> None:
+    given = [budget for budget in budgets if budget is not None]
+    if given and layers is None:
+        raise UserError("--prefill-budget and --kv-budget go with --layers: they choose among its forms")
+    if wrong := [budget for budget in given if not 0 < budget <= 1]:
+        raise UserError(f"a budget is a share of the base's, above 0 and at most 1, not {wrong[0]:g}")
 
 
 def _say_plot(layers: Path) -> None:
@@ -135,13 +158,16 @@ def calibrate(
             "this JSON file and a plot beside it."
         ),
     ] = None,
+    prefill_budget: PrefillBudget = None,
+    kv_budget: KVBudget = None,
 ) -> None:
     """Rewrite and calibrate only: the closed-form start, its fit per layer and its held-out quality, to export."""
+    _check_budgets(layers, prefill_budget, kv_budget)
     if layers is not None:
         from swiftkv_train.recipe_file import load_recipe
 
         checked = load_recipe(recipe, overrides)
-        from swiftkv_train.plan.layers import check, write
+        from swiftkv_train.plan.layers import check, within_budget, write
 
         check(layers)
         from swiftkv_train.layer_choice import predict
@@ -149,6 +175,8 @@ def calibrate(
 
         result = predict(checked)
         write(result, layers)
+        if (prefill_budget, kv_budget) != (None, None):
+            result["within_budget"] = within_budget(result, prefill_budget, kv_budget)
         print_layers(result)
         _say_plot(layers)
         return

@@ -19,6 +19,14 @@ Dtype = Annotated[
         "numbers and memory for it is free."
     ),
 ]
+PrefillBudget = Annotated[
+    float | None,
+    typer.Option(help="With --layers: which forms leave at most this share of the base's prefill, 0.6 for instance."),
+]
+KVBudget = Annotated[
+    float | None,
+    typer.Option(help="With --layers: which forms leave at most this share of the base's K/V bytes."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 

@@ -11,6 +11,9 @@ from rich.table import Table
 from swiftkv_train.errors import UserError
 from swiftkv_train.results import check_target, plot, plot_of, write_result
 
+BUDGETS = {"prefill": "prefill FLOPs", "kv": "K/V bytes"}
+SHOWN = 8  # forms within a budget
+
 
 def check(path: Path) -> None:
     """Raises UserError unless `write` may write there."""
@@ -40,6 +43,50 @@ def read(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if (layers, base) != (plan["num_hidden_layers"], plan["base"]):
         raise UserError(f"--layers {path} is of {base} with {layers} layers, not of the recipe's {plan['base']}; {how}")
     return result
+
+
+def within_budget(result: dict[str, Any], prefill: float | None, kv: float | None) -> dict[str, Any]:
+    """The forms that leave at most these shares of the base's prefill FLOPs and K/V bytes, the least loss first.
+
+    Raises UserError where there is none.
+    """
+    fitting: dict[str, dict[str, Any]] = {}
+    rows = [*result["uniform"], *result["grouped"]]
+    for row in sorted(rows, key=lambda row: row["loss"]):
+        if row["prefill_ratio"] <= (prefill or 1.0) and row["cache_ratio"] <= (kv or 1.0):
+            fitting.setdefault(_overrides(row, bool(result.get("key_value_groups"))), row)
+    if not fitting:
+        least = {name: min(row[name] for row in rows) for name in ("prefill_ratio", "cache_ratio")}
+        raise UserError(
+            "no form is within the budget; there are forms of "
+            f"{least['prefill_ratio']:.1%} of the prefill, and of {least['cache_ratio']:.1%} of the K/V"
+        )
+    found = [{"overrides": overrides, **row} for overrides, row in fitting.items()]
+    return {"prefill": prefill, "kv": kv, "rows": found}
+
+
+def _overrides(row: dict[str, Any], has_groups: bool) -> str:
+    """What sets the form behind a recipe, which may have unequal groups itself."""
+    groups, size = row.get("key_value_groups") or [], row.get("key_value_group_size", 1)
+    words = [f"rewrite.num_key_value_layers={row['num_key_value_layers']}", f"rewrite.key_value_group_size={size}"]
+    if any(len(group) > 1 for group in groups):
+        words.append(f"'rewrite.key_value_groups={groups}'".replace(", ", ","))
+    elif has_groups:
+        words.append("rewrite.key_value_groups=null")
+    return " ".join(words)
+
+
+def budget_table(found: dict[str, Any]) -> Table:
+    """The best of `within_budget`."""
+    limits = [f"{found[key]:.0%} of the base's {what}" for key, what in BUDGETS.items() if found[key] is not None]
+    table = Table(title=f"at most {' and '.join(limits)}: the least loss first", title_justify="left")
+    for name in ("l", "prefill", "K/V", "loss"):
+        table.add_column(name, justify="right")
+    table.add_column("behind the recipe", overflow="fold")
+    for row in found["rows"][:SHOWN]:
+        shares = f"{row['prefill_ratio']:.1%}", f"{row['cache_ratio']:.1%}"
+        table.add_row(str(row["num_key_value_layers"]), *shares, _loss(row), row["overrides"])
+    return table
 
 
 def _is_prediction(held: Any) -> bool:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftkv_train.plan.advice import RESERVED
-from swiftkv_train.plan.layers import tables
+from swiftkv_train.plan.layers import budget_table, tables
 
 PARTS = {
     "weights": "weights",
@@ -33,6 +33,8 @@ def print_layers(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     for table in tables(result):
         console.print(table)
+    if "within_budget" in result:
+        console.print(budget_table(result["within_budget"]))
 
 
 def _training(plan: dict[str, Any]) -> Table:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from swiftkv_train.cli import main
 from swiftkv_train.layer_choice import Predictor, accumulate, candidate_layers, predictions, sum_bytes
 from swiftkv_train.moments import accumulate_moments
 from swiftkv_train.plan import layers
+from swiftkv_train.recipe_file import load_recipe
 from swiftkv_train.shared_projections import complex_halves
 from tiny import tiny_llama
 
@@ -269,6 +271,54 @@ def test_the_command_writes_what_plan_shows(swiftkv):
     assert planned.endswith(shown)
     status, planned, _ = swiftkv("plan", "recipe.yaml", "--layers", "look/layers.json", "--json")
     assert json.loads(planned)["layers"] == result
+
+
+def test_forms_within_a_budget(swiftkv):
+    swiftkv("calibrate", "recipe.yaml", "--layers", "layers.json")
+    result = json.loads(Path("layers.json").read_text())
+    budget = ["--layers", "layers.json", "--prefill-budget", "0.8", "--kv-budget", "0.7"]
+    status, planned, _ = swiftkv("plan", "recipe.yaml", *budget, "--json")
+    assert status == 0
+    found = json.loads(planned)["layers"]["within_budget"]
+    expected = [
+        row["loss"]
+        for row in (*result["uniform"], *result["grouped"])
+        if row["prefill_ratio"] <= 0.8 and row["cache_ratio"] <= 0.7
+    ]
+    losses = [row["loss"] for row in found["rows"]]
+    assert (losses[0], losses) == (min(expected), sorted(losses))
+    assert set(losses) == set(expected)  # forms that are in both lists come once
+    status, shown, _ = swiftkv("plan", "recipe.yaml", *budget)
+    assert "at most 80% of the base's prefill FLOPs and 70% of the base's K/V bytes: the least loss first" in " ".join(shown.split())
+    for row in found["rows"]:  # what is printed can be typed
+        form = load_recipe("recipe.yaml", shlex.split(row["overrides"])).rewrite
+        assert form.num_key_value_layers == row["num_key_value_layers"]
+        sizes = [len(group) for group in row.get("key_value_groups", ())]
+        assert form.key_value_groups == (row["key_value_groups"] if max(sizes, default=1) > 1 else None)
+        assert form.key_value_group_size == row.get("key_value_group_size", 1)
+    status, shown, _ = swiftkv("calibrate", "recipe.yaml", "--layers", "layers.json", "--kv-budget", "0.7")
+    assert status == 0
+    assert "at most 70% of the base's K/V bytes: the least loss first" in " ".join(shown.split())
+    assert json.loads(Path("layers.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--layers", "layers.json", "--kv-budget", "0.01"], "no form is within the budget; there are forms of "),
+        (["--kv-budget", "0.5"], "--prefill-budget and --kv-budget go with --layers"),
+        (
+            ["--layers", "layers.json", "--prefill-budget", "60"],
+            "a budget is a share of the base's, above 0 and at most 1",
+        ),
+        (["--layers", "layers.json", "--kv-budget", "nan"], "a budget is a share of the base's, above 0 and at most 1"),
+    ],
+)
+def test_budgets_that_cannot_be_kept(swiftkv, arguments, says):
+    swiftkv("calibrate", "recipe.yaml", "calibration.tokens=512", "--layers", "layers.json")
+    status, _, err = swiftkv("plan", "recipe.yaml", *arguments)
+    assert status == 2
+    assert says in err.splitlines()[-1]
 
 
 EMPTY = {
