@@ -12,6 +12,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
+KINDS = ("all kinds trained on", "other kinds")  # of text, in files
 
 
 def load(name: str) -> dict[str, Any]:
@@ -267,24 +268,37 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
 
 
 def variants(name: str) -> str:
-    """KL over training tokens of a file's variants, kinds trained on / other kinds."""
+    """KL over training tokens of a file's variants, and how they end, kinds trained on / other kinds."""
     result = load(name)
     points = [point["tokens"] for point in result["variants"][0]["points"]]
-    lines = [f"| variant | {' | '.join(f'{tokens:,}' for tokens in points)} | tokens to the first's last KL |"]
-    lines.append("|---" * (len(points) + 2) + "|")
+    columns = [
+        "variant",
+        *(f"{tokens:,}" for tokens in points),
+        "agreement",
+        "perplexity ratio",
+        "tokens to the first's last KL",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for variant in result["variants"]:
-        cells = [
-            " / ".join(f"{point[group]['kl']:.3f}" for group in ("all kinds trained on", "other kinds"))
-            for point in variant["points"]
-        ]
-        reached = " / ".join(
-            "not reached" if row["tokens"] is None else f"{row['tokens']:,}"
-            for group, row in variant["as_good_as_first"].items()
-            if group != "all together"
+        *before, last = map(measures, variant["points"])
+        cells = [kl for kl, *_ in before] + last
+        cells.append(
+            " / ".join(
+                "not reached" if row["tokens"] is None else f"{row['tokens']:,}"
+                for group, row in variant["as_good_as_first"].items()
+                if group in KINDS
+            )
         )
         name = ": ".join([variant["name"], *([idea] if (idea := variant["settings"].get("idea")) else [])])
-        lines.append(f"| {name} | {' | '.join(cells)} | {reached} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"`{result['command']}`; {where(result)}."])
+
+
+def measures(row: dict[str, Any]) -> list[str]:
+    """KL, agreement, perplexity ratio: of kinds of text that are trained on / others; of all if a row has no more."""
+    kinds = [row[kind] for kind in KINDS] if KINDS[-1] in row else [row]
+    formats = {"kl": ".3f", "agreement": ".1%", "perplexity_ratio": ".3f"}
+    return [" / ".join(format(kind[name], how) for kind in kinds) for name, how in formats.items()]
 
 
 def forms(name: str) -> str:
@@ -292,10 +306,8 @@ def forms(name: str) -> str:
     result = load(name)
     lines = ["| form | K/Vs in the tail | predicted | KL | agreement | perplexity ratio |", "|---|---|---|---|---|---|"]
     for row in sorted(result["rows"], key=lambda row: row["predicted"]):
-        lines.append(
-            f"| {row['form']} | {len(row['key_value_groups'])} | {row['predicted']:.3f} | {row['kl']:.3f} "
-            f"| {row['agreement']:.1%} | {row['perplexity_ratio']:.3f} |"
-        )
+        cells = [row["form"], str(len(row["key_value_groups"])), f"{row['predicted']:.3f}", *measures(row)]
+        lines.append(f"| {' | '.join(cells)} |")
     correlation = f"Spearman's rank correlation: {result['rank_correlation']:.3f}."
     return "\n".join([*lines, "", correlation, "", f"`{result['command']}`; {where(result)}."])
 
@@ -321,6 +333,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
     "inference": inference,
 }
+
+
+def limit() -> str:
+    """The calibrated model with the base's own K or V in place of the fitted ones."""
+    result = load("quality/limit.json")
+    lines = ["| the base's own | KL | agreement | perplexity ratio |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(f"| {' | '.join([row['own'], *measures(row)])} |")
+    return "\n".join([*lines, "", f"`{result['command']}`; {where(result)}."])
+
+
 STUDY: dict[str, Callable[[], str]] = {
     "fit": fit,
     "tasks": tasks,

@@ -17,7 +17,7 @@ from typing import Any
 
 from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.bench import finish
-from swiftkv_train.bench.quality import TEST, variant_of
+from swiftkv_train.bench.quality import TEST, figures_of, variant_of
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.machine import environment
@@ -71,7 +71,7 @@ def measure(recipe: str, overrides: Sequence[str], tokens: int) -> dict[str, Any
         "rows": rows,
         "summary": [
             f"own {row['own']:<20} "
-            + "; ".join(f"{group}: KL {row[group]['kl']:.3f}" for group in (TRAINED_ON, OTHER_KINDS) if group in row)
+            + "; ".join(figures_of(row, group) for group in (TRAINED_ON, OTHER_KINDS) if group in row)
             for row in rows
         ],
     }

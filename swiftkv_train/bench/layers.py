@@ -1,6 +1,6 @@
 """`swiftkv bench layers`: what forms of a model are predicted to lose (see layer_choice.py), and what they do lose.
 
-Every form is calibrated and measured on the recipe's held-out text, without training.
+Every form is calibrated and measured on the recipe's held-out text or its tests, without training.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Any
 import torch
 
 from swiftkv_models.llama import uniform_groups
+from swiftkv_train.bench.quality import HELD_OUT, figures_of, sources_of
 from swiftkv_train.distill import Distillation
 from swiftkv_train.errors import UserError
 from swiftkv_train.layer_choice import Predictor, look
 from swiftkv_train.machine import environment
-from swiftkv_train.quality import check_finite_quality, pooled
+from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, by_kind, check_finite_quality
 from swiftkv_train.recipe_file import as_override, load_recipe
 
 EXAMPLE = "15,15x2,22,15:1+2+3+9"
 Form = tuple[int, list[list[int]]]  # l, and the tail's groups
 
 
-def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict[str, Any]:
+def measure(recipe: str, overrides: list[str] | None, forms: str | None, on: str) -> dict[str, Any]:
     """`forms`: values of l, separated by commas; `lxg`: in groups of g; `l:a+b+c`: in groups of these sizes."""
     settings = load_recipe(recipe, overrides)
-    if not settings.data.held_out:
-        raise UserError(f"recipe {recipe} names no data.held_out to measure on")
+    sources = sources_of(settings, recipe, on)
+    trained = {source.name for source in settings.data.train}
     asked = None if forms is None else forms.split(",")
     for text in asked or ():
         _check(text)
@@ -52,11 +53,13 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
                 f"rewrite.key_value_groups={groups}",
                 as_override("training.output_dir", f"{scratch}/{len(rows)}"),
             ]
-            distillation = Distillation(load_recipe(recipe, [*(overrides or []), *changes]))
+            changed = load_recipe(recipe, [*(overrides or []), *changes])
+            changed.data.held_out = sources
+            distillation = Distillation(changed)
             distillation.prepare()
             found = distillation.evaluate()
             check_finite_quality(found, settings.model.base, f"{settings.model.base} in the form {text}")
-            quality = pooled(list(found.values()))
+            kinds = by_kind(found, trained)
             distillation.strategy.close()
             rows.append(
                 {
@@ -64,23 +67,28 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None) -> dict
                     "num_key_value_layers": own,
                     "key_value_groups": groups,
                     "predicted": predicted[text],
-                    **quality.to_dict(),
+                    **kinds.pop(ALL).to_dict(),
+                    **{kind: quality.to_dict() for kind, quality in kinds.items()},
                 }
             )
     agreement = rank_correlation([row["predicted"] for row in rows], [row["kl"] for row in rows])
     return {
         "benchmark": "predicted loss of forms against the KL of the calibrated models",
         "command": " ".join(
-            ["swiftkv bench layers", recipe, *(overrides or []), *(["--forms", forms] if forms else [])]
+            [
+                *("swiftkv bench layers", recipe, *(overrides or []), *(["--forms", forms] if forms else [])),
+                *(["--on", on] if on != HELD_OUT else []),
+            ]
         ),
         "environment": environment(model),
         "calibration_tokens": settings.calibration.tokens,
+        "measured_on": on,
         "rank_correlation": agreement,
         "rows": rows,
         "summary": [
             *(
-                f"{row['form']:<28} predicted {row['predicted']:.3f}, KL {row['kl']:.3f}, agreement "
-                f"{row['agreement']:.1%}, perplexity ratio {row['perplexity_ratio']:.3f}"
+                f"{row['form']:<28} predicted {row['predicted']:.3f}; "
+                + "; ".join(figures_of(row, group) for group in (TRAINED_ON, OTHER_KINDS) if group in row)
                 for row in sorted(rows, key=lambda row: row["predicted"])
             ),
             *([] if agreement is None else [f"Spearman's rank correlation of prediction and KL: {agreement:.3f}"]),

@@ -166,19 +166,34 @@ def draw_kv_memory(result: dict[str, Any], pyplot: Any) -> Any:
 
 
 def draw_quality(result: dict[str, Any], pyplot: Any) -> Any:
-    """KL over training tokens, a line a variant, a panel for each kind of text; both scales grow by factors."""
+    """KL, perplexity ratio and agreement over training tokens: a line a variant, a column for each kind of text."""
     variants = result["variants"]
     groups = [group for group in (TRAINED_ON, OTHER_KINDS) if group in variants[0]["points"][-1]]
-    figure, panels = _panels(pyplot, len(groups), height=4.2)
-    for axes, group in zip(panels, groups, strict=True):
-        for marker, variant in zip(MARKERS * len(variants), variants, strict=False):
-            points = [(point["tokens"], point[group]["kl"]) for point in variant["points"]]
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=variant["name"])
-        axes.set(title=group, xlabel="training tokens", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=7)
-        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:,.0f}k")
-    panels[0].set_ylabel("KL(base || student), nats a token")
-    panels[0].legend(frameon=False, fontsize="small")
+    measures = {
+        "kl": "KL(base || student), nats a token",
+        "perplexity_ratio": "perplexity over the base's",
+        "agreement": "agreement of the likeliest token",
+    }
+    size = (4.6 * len(groups), 3.2 * len(measures))
+    figure, grid = pyplot.subplots(
+        len(measures), len(groups), figsize=size, layout="constrained", squeeze=False, sharex=True
+    )
+    for row, (measure, label) in zip(grid, measures.items(), strict=True):
+        for axes, group in zip(row, groups, strict=True):
+            for marker, variant in zip(MARKERS * len(variants), variants, strict=False):
+                points = [(point["tokens"], point[group][measure]) for point in variant["points"]]
+                axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=variant["name"])
+            axes.spines[["top", "right"]].set_visible(False)
+            if measure != "agreement":
+                axes.set_yscale("log")
+                axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:.0%}" if measure == "agreement" else "{x:g}")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+            axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:,.0f}k")
+        row[0].set_ylabel(label)
+    for axes, group in zip(grid[0], groups, strict=True):
+        axes.set_title(group)
+    for axes in grid[-1]:
+        axes.set_xlabel("training tokens")
+    grid[0][0].legend(frameon=False, fontsize="small")
     return figure

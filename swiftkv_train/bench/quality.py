@@ -20,7 +20,7 @@ from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.origin import recipe_origin
 from swiftkv_train.quality import ALL, OTHER_KINDS, TRAINED_ON, Quality, by_kind
-from swiftkv_train.recipe import Recipe
+from swiftkv_train.recipe import Recipe, Source
 from swiftkv_train.recipe_file import as_override, load_recipe
 from swiftkv_train.run_directory import RunDirectory
 from swiftkv_train.stopping import Stop, Stopped
@@ -32,8 +32,6 @@ GROUPS = (TRAINED_ON, OTHER_KINDS, ALL)
 def measure(arguments: Sequence[str], runs: str, points: int, tokens: int, on: str) -> dict[str, Any]:
     """`arguments`: recipe files, and `key=value` overrides for all of them. `points`: measurements along each run, on
     `tokens` of every source of the recipes' data.test or data.held_out (`on`)."""
-    if on not in (TEST, HELD_OUT):
-        raise UserError(f"--on {on!r} is not known; use {TEST} or {HELD_OUT}")
     files = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     recipes = _recipes(files, overrides, Path(runs), points, tokens, on)
@@ -107,13 +105,20 @@ def _recipes(
 def variant_of(file: str, overrides: Sequence[str], run: Path, points: int, tokens: int, on: str) -> Recipe:
     """A recipe with its run directory, and its points of measurement for held-out figures."""
     recipe = load_recipe(file, [*overrides, as_override("training.output_dir", str(run))])
-    sources = recipe.data.test if on == TEST else recipe.data.held_out
-    if not sources:
-        raise UserError(f"recipe {file} names no data.{on} to measure on")
-    recipe.data.held_out = sources
+    recipe.data.held_out = sources_of(recipe, file, on)
     recipe.training.evaluate_tokens = tokens
     recipe.training.evaluate_every = math.ceil(recipe.training.steps / points)
     return recipe
+
+
+def sources_of(recipe: Recipe, file: str, on: str) -> list[Source]:
+    """What is measured on. Raises UserError where the recipe names none."""
+    if on not in (TEST, HELD_OUT):
+        raise UserError(f"--on {on!r} is not known; use {TEST} or {HELD_OUT}")
+    sources = recipe.data.test if on == TEST else recipe.data.held_out
+    if not sources:
+        raise UserError(f"recipe {file} names no data.{on} to measure on")
+    return sources
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
@@ -198,15 +203,16 @@ def _as_good_as(variant: dict[str, Any], first: dict[str, Any]) -> dict[str, dic
 def _lines(variant: dict[str, Any], first: str) -> list[str]:
     lines = [f"{variant['name']}: {', '.join(f'{key}={value}' for key, value in variant['settings'].items())}"]
     for point in variant["points"]:
-        figures = "; ".join(
-            f"{group}: KL {point[group]['kl']:.3f}, agreement {point[group]['agreement']:.1%}, perplexity ratio "
-            f"{point[group]['perplexity_ratio']:.3f}"
-            for group in (TRAINED_ON, OTHER_KINDS)
-            if group in point
-        )
+        figures = "; ".join(figures_of(point, group) for group in (TRAINED_ON, OTHER_KINDS) if group in point)
         lines.append(f"  {point['tokens']:>9,} tokens  {figures}")
     for group, row in variant["as_good_as_first"].items():
         when = "not reached" if row["tokens"] is None else f"after {row['tokens']:,} training tokens"
         if variant["name"] != first:
             lines.append(f"  {group}: {first}'s last KL, {row['kl']:.3f}, {when}")
     return lines
+
+
+def figures_of(row: Mapping[str, Any], group: str) -> str:
+    found = row[group]
+    ratio = f"perplexity ratio {found['perplexity_ratio']:.3f}"
+    return f"{group}: KL {found['kl']:.3f}, agreement {found['agreement']:.1%}, {ratio}"

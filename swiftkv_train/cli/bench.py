@@ -85,13 +85,14 @@ def layers(
         str | None,
         typer.Option(help="Values of l; lxg: in groups of g; l:a+b+c: of these sizes; separated by commas."),
     ] = None,
+    on: Annotated[str, typer.Option(help="test or held_out: the recipe's sources that are measured on.")] = "held_out",
     output: OutputOption = None,
     as_json: Json = False,
 ) -> None:
     """What forms of a model are predicted to lose (`swiftkv calibrate --layers`) against what they lose, calibrated."""
     from swiftkv_train.bench.layers import measure
 
-    _finish(measure(recipe, overrides, forms), output, as_json)
+    _finish(measure(recipe, overrides, forms, on), output, as_json)
 
 
 @app.command("step", epilog=example("swiftkv bench step models/smollm2-135m"))

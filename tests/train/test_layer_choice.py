@@ -289,7 +289,8 @@ def test_forms_within_a_budget(swiftkv):
     assert (losses[0], losses) == (min(expected), sorted(losses))
     assert set(losses) == set(expected)  # forms that are in both lists come once
     status, shown, _ = swiftkv("plan", "recipe.yaml", *budget)
-    assert "at most 80% of the base's prefill FLOPs and 70% of the base's K/V bytes: the least loss first" in " ".join(shown.split())
+    shown = " ".join(shown.split())
+    assert "at most 80% of the base's prefill FLOPs and 70% of the base's K/V bytes: the least loss first" in shown
     for row in found["rows"]:  # what is printed can be typed
         form = load_recipe("recipe.yaml", shlex.split(row["overrides"])).rewrite
         assert form.num_key_value_layers == row["num_key_value_layers"]
