@@ -13,7 +13,7 @@ from swiftkv_train.cli import app
 from swiftkv_train.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("recipes/*/README.md"), ROOT / "benchmarks" / "README.md"])
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("recipes/*/README.md"), *ROOT.glob("benchmarks/**/README.md")])
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
 COMMANDS = get_command(app).commands
 LAUNCHERS = ("accelerate", "deepspeed")
@@ -27,10 +27,14 @@ def command_lines(text):
     """The lines of the shell blocks of a document, comments and variables that are set in front of them removed."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        values: dict[str, str] = {}
         for line in block.replace("\\\n", " ").splitlines():
+            for name, value in values.items():
+                line = line.replace(f"${name}/", f"{value}/")
             words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words.pop(0)
+            while words and re.fullmatch(r"[A-Za-z_]+=\S*", words[0]):
+                name, _, value = words.pop(0).partition("=")
+                values[name] = value
             found.append(words)
     return [words for words in found if words]
 
@@ -38,7 +42,7 @@ def command_lines(text):
 def recipe_of(words):
     """The recipe that a command names and the overrides after it; None where it names none."""
     for position, word in enumerate(words):
-        if (ROOT / word) in RECIPES:
+        if word.startswith("recipes/") and word.endswith(".yaml") and (ROOT / word).parent.name != "accelerate":
             return ROOT / word, [word for word in words[position + 1 :] if re.match(r"[\w.]+=", word)]
     return None
 
