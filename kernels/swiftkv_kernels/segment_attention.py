@@ -77,7 +77,8 @@ def segment_attention(
         _check_key_value("prefix.key", query, prefix.key, prefix.value, prefix.key_scale, prefix.value_scale)
         _check_prefix(query, key, prefix)
         prefix = prefix if prefix.key.numel() else None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, pinned_query, key, value)):
+    tensors = (query, pinned_query, key, value, *((prefix.key, prefix.value) if prefix is not None else ()))
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise ValueError("segment_attention has no backward pass: call it under torch.no_grad()")
     triton = resolve_backend(backend, query) == "triton"
     if query.numel() == 0:

@@ -339,8 +339,10 @@ class SinkWindowCache(Cache):
         positions, lengths = position_ids.to(device, torch.int64).expand(rows, -1), self.lengths[:, None]
         kept = torch.ones_like(positions, dtype=torch.bool)
         if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
-                raise ValueError(f"attention_mask must be [B, {tokens} or more], not {tuple(attention_mask.shape)}")
+            if attention_mask.ndim != 2 or len(attention_mask) != rows or attention_mask.shape[1] < tokens:
+                raise ValueError(
+                    f"attention_mask must be [{rows}, {tokens} or more], not {tuple(attention_mask.shape)}"
+                )
             kept = attention_mask[:, -tokens:].to(device).bool()
         if self.prefix_groups is not None:  # rows that have no tokens of their own yet may bring some of the prefix's
             begins = (lengths == self.pinned[:, None]) & (self.prefix_groups >= 0)[:, None]

@@ -221,6 +221,10 @@ def test_no_backward_pass():
     query, *rest = case.tensors
     with pytest.raises(ValueError, match="no_grad"):
         segment_attention(query.clone().requires_grad_(), *rest, window=5)
+    with_prefix = make(2, 1, 5, 4)
+    with_prefix.options["prefix"].value.requires_grad_()
+    with pytest.raises(ValueError, match="no_grad"):
+        with_prefix(segment_attention)
     with torch.no_grad():
         segment_attention(query.clone().requires_grad_(), *rest, window=5)
     assert not case(segment_attention).requires_grad

@@ -440,6 +440,8 @@ def test_padding_that_positions_count_is_refused(model):
         model(random_ids(1, 4), attention_mask=mask, past_key_values=cache)
     with pytest.raises(ValueError, match="where there is padding, give attention_mask, and position_ids"):
         model(random_ids(1, 4), position_ids=torch.tensor([[0, 0, 1, 2]]), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[1, 4 or more\], not \(3, 4\)"):
+        model(random_ids(1, 4), attention_mask=torch.ones(3, 4), past_key_values=cache)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
