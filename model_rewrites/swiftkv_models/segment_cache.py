@@ -36,8 +36,8 @@ from swiftkv_models.segment_layer import (
 )
 from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, form_of, sharing_pays
 
-MOST_TURNED = 64  # sinks
-MOST_TOKENS = 2**31 - 1  # positions are int32
+MAX_TURNED_SINKS = 64  # sinks
+MAX_TOKENS = 2**31 - 1  # positions are int32
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -135,7 +135,7 @@ class SinkWindowCache(Cache):
         self.prefix_lengths: Any = None  # [M] int32
         self.shares = False  # whether rows read prefixes where they are; else each has a copy in its sinks' slots
         self.own_sinks = attention_sinks  # of a row that begins with no prefix
-        self.least_pinned = attention_sinks
+        self.min_pinned = attention_sinks
         if self.prefixes:
             self._assign_prefixes(input_ids, attention_mask)
         use_segment_attention(config)
@@ -170,7 +170,7 @@ class SinkWindowCache(Cache):
         self.shares = sharing_pays(groups.tolist(), lengths, keys.shape[0] * keys.shape[-1], dtype, keys.device)
         everywhere = bool((groups >= 0).all())
         if everywhere:
-            self.least_pinned = min(lengths)
+            self.min_pinned = min(lengths)
         if not self.shares:
             self.attention_sinks = max(lengths)
         elif everywhere:
@@ -217,7 +217,7 @@ class SinkWindowCache(Cache):
         try:
             for index, layer in enumerate(self.segments):
                 keys, values, key_scale, value_scale = (None if part is None else part[index] for part in storage)
-                layer.take(keys, values, key_scale, value_scale)
+                layer.adopt(keys, values, key_scale, value_scale)
         except BaseException:  # no memory for a prefix's copy, Ctrl-C: all of them or none
             for layer in self.segments:
                 layer.is_initialized = False
@@ -289,8 +289,8 @@ class SinkWindowCache(Cache):
             return self.step
         first = self.columns == self.first_column
         positions = self._kept_positions(position_ids, tokens, attention_mask)
-        if self.columns + tokens >= MOST_TOKENS:
-            raise ValueError(f"a stream ends after {MOST_TOKENS:,} tokens: reset() the cache")
+        if self.columns + tokens >= MAX_TOKENS:
+            raise ValueError(f"a stream ends after {MAX_TOKENS:,} tokens: reset() the cache")
         self.unfinished = True
         last = positions.amax(1)
         slots = self._slots(positions, last)
@@ -309,7 +309,7 @@ class SinkWindowCache(Cache):
             before = self.positions[:, sinks : self.num_slots].clone()
         self.positions.scatter_(1, torch.where(slots < 0, self.num_slots, slots), step.positions)
         self.lengths.copy_(torch.where(last < 0, self.lengths, last + 1))
-        if tokens == 1 and at_hand(self.positions):
+        if tokens == 1 and readable_for_free(self.positions):
             of_sinks, of_window = self.positions[:, : self.used_slots].tensor_split([self.attention_sinks], dim=1)
             oldest = (last - self.window).clamp_min(-1)[:, None]
             step.all_visible = bool((of_sinks >= 0).all()) and bool((of_window > oldest).all())
@@ -347,7 +347,7 @@ class SinkWindowCache(Cache):
         if self.prefix_groups is not None:  # rows that have no tokens of their own yet may bring some of the prefix's
             begins = (lengths == self.pinned[:, None]) & (self.prefix_groups >= 0)[:, None]
             kept = kept & ~(begins & (positions < lengths))
-        if tokens == 1 and not at_hand(self.lengths):
+        if tokens == 1 and not readable_for_free(self.lengths):
             return torch.where(kept, positions, -1)
         goes_on = (positions == lengths + kept.cumsum(1) - 1) | ~kept
         if not bool(goes_on.all()):
@@ -373,7 +373,7 @@ class SinkWindowCache(Cache):
         In fp32 at least. None where they are the same, or nothing is pinned.
         """
         nothing_pinned = self.attention_sinks == 0 and not self.shares
-        if nothing_pinned or self.columns <= self.least_pinned + self.window:
+        if nothing_pinned or self.columns <= self.min_pinned + self.window:
             return None
         in_cache = torch.minimum(positions, self.pinned[:, None] + (self.window - 1))
         cos, sin = rotation(self.inverse_frequencies, in_cache - positions)
@@ -392,10 +392,10 @@ class SinkWindowCache(Cache):
         """Whether this cache ever does."""
         return (
             self.storage is not None
-            and at_hand(self.storage[0])
+            and readable_for_free(self.storage[0])
             and self.quantized_dtype is None
             and not self.shares
-            and 0 < self.attention_sinks <= MOST_TURNED
+            and 0 < self.attention_sinks <= MAX_TURNED_SINKS
         )
 
     def _sink_keys(self) -> torch.Tensor:
@@ -488,6 +488,6 @@ def _check_form(prefix: SharedPrefix, form: dict[str, Any], layers: int) -> None
             )
 
 
-def at_hand(tensor: torch.Tensor) -> bool:
+def readable_for_free(tensor: torch.Tensor) -> bool:
     """Whether its numbers may be looked at for nothing. Elsewhere that would wait for the device."""
     return tensor.device.type == "cpu"

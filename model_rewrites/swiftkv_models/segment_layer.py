@@ -47,7 +47,7 @@ class KeyValues:
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     written: bool = False
-    beside: Held | None = None  # of a chunk: the slots as they were before, and the chunk behind them
+    slots_and_chunk: Held | None = None  # of a chunk: the slots as they were before, and the chunk behind them
 
     @property
     def tokens(self) -> int:
@@ -98,18 +98,18 @@ class SegmentLayer(CacheLayerMixin):
             if self.cache.storage is not None:
                 self.cache.storage = None
                 for layer in self.cache.segments[: self.index]:
-                    layer.part()
-            self.take(*self.cache.allocate((batch, heads), size, key_states.dtype, key_states.device))
+                    layer.separate()
+            self.adopt(*self.cache.allocate((batch, heads), size, key_states.dtype, key_states.device))
 
     @torch.inference_mode(False)
-    def part(self) -> None:
+    def separate(self) -> None:
         """Hold slots of one's own, and no more the room of all layers."""
         self.keys, self.values, self.key_scale, self.value_scale = (
             None if part is None else part.clone()
             for part in (self.keys, self.values, self.key_scale, self.value_scale)
         )
 
-    def take(
+    def adopt(
         self,
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
@@ -175,8 +175,8 @@ class SegmentLayer(CacheLayerMixin):
         queries = query.shape[2]
         plain = step.plain and queries == new.tokens
         # The window of the last query is what the slots hold after the step; earlier ones see what it pushes out.
-        if queries > 1 and not plain and new.beside is None:
-            new.beside = self._beside(new.keys, new.values, step)
+        if queries > 1 and not plain and new.slots_and_chunk is None:
+            new.slots_and_chunk = self._slots_and_chunk(new.keys, new.values, step)
         if not new.written:
             if step.slot is not None and self.key_scale is None:
                 self.keys[:, :, step.slot] = new.keys[:, :, 0]
@@ -187,9 +187,9 @@ class SegmentLayer(CacheLayerMixin):
             self._is_filled()
         if queries == 1:
             return self._attend_slots(query, step, scaling)
-        if new.beside is None:
+        if new.slots_and_chunk is None:
             return causal_attention(query, self._as_kept(new.keys), self._as_kept(new.values), scaling=scaling)
-        return self._attend(query, new.beside, step.chunk_key_positions, step, scaling)
+        return self._attend(query, new.slots_and_chunk, step.chunk_key_positions, step, scaling)
 
     def _is_filled(self) -> None:
         if self.index == len(self.cache.segments) - 1:
@@ -207,12 +207,12 @@ class SegmentLayer(CacheLayerMixin):
             if self.prefix is None and step.rotation is None:
                 return attend_all(query, held[0], held[1], scaling)
             if self.prefix is not None and step.prefix_visible:
-                turned = _turned(query, step)
+                turned = _query_in_cache(query, step)
                 return attend_shared(query, turned, *held[:2], self.prefix.key, self.prefix.value, scaling)
         positions = None if step.all_visible else self.cache.positions[:, :used]
         return self._attend(query, held, positions, step, scaling)
 
-    def _beside(self, keys: torch.Tensor, values: torch.Tensor, step: Step) -> Held:
+    def _slots_and_chunk(self, keys: torch.Tensor, values: torch.Tensor, step: Step) -> Held:
         """K, V and their scales of the slots as they were before a chunk, and of the chunk."""
         sinks = self.cache.attention_sinks
         if step.brings_sinks:
@@ -240,7 +240,7 @@ class SegmentLayer(CacheLayerMixin):
             step.positions[:, -query.shape[2] :].to(query.device),
             window=self.cache.window,
             pinned=self.cache.attention_sinks,
-            pinned_query=_turned(query, step),
+            pinned_query=_query_in_cache(query, step),
             prefix=self.prefix,
             key_scale=key_scale,
             value_scale=value_scale,
@@ -296,7 +296,7 @@ class SegmentLayer(CacheLayerMixin):
             _bits(tensor).copy_(_bits(tensor).index_select(0, beam_idx.to(tensor.device)))
 
 
-def _turned(query: torch.Tensor, step: Step) -> torch.Tensor | None:
+def _query_in_cache(query: torch.Tensor, step: Step) -> torch.Tensor | None:
     """The last queries of a step [B, H, K, C] at their positions in the cache; None where those are theirs anyway."""
     if step.rotation is None:
         return None

@@ -213,15 +213,15 @@ def test_a_reset_heals_what_is_no_number():
 def test_a_cache_that_could_not_be_allocated_may_be_reset(monkeypatch):
     model, ids = swiftkv_model(), random_ids(1, 9)
     cache, taken = new_cache(model), []
-    take = segment_layer.SegmentLayer.take
+    adopt = segment_layer.SegmentLayer.adopt
 
     def fails(layer, *parts):
         taken.append(layer)
         if len(taken) == 3:
             raise MemoryError
-        take(layer, *parts)
+        adopt(layer, *parts)
 
-    monkeypatch.setattr(segment_layer.SegmentLayer, "take", fails)
+    monkeypatch.setattr(segment_layer.SegmentLayer, "adopt", fails)
     with pytest.raises(MemoryError):
         logits(model, ids, cache)
     cache.reset()

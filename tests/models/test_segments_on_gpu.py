@@ -22,7 +22,7 @@ def models(request, place, monkeypatch):
     """The same in fp64 on CPU and in fp32 on the place's device."""
     if place.backend != "cpu":
         monkeypatch.setattr(backends, "device_backend", lambda _: place.backend)
-        monkeypatch.setattr(segment_cache, "at_hand", lambda _: False)
+        monkeypatch.setattr(segment_cache, "readable_for_free", lambda _: False)
     monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)
     exact = tiny_llama("wide-heads", layers=3, rms_norm_eps=1e-5)
     if request.param == "base":
