@@ -351,7 +351,7 @@ STUDY: dict[str, Callable[[], str]] = {
     "schedule": partial(variants, "quality/schedule.json"),
     "million": partial(variants, "quality/million.json"),
     "tried": partial(variants, "quality/tried.json"),
-    # "ideas": partial(variants, "quality/ideas.json"),
+    "ideas": partial(variants, "quality/ideas.json"),
     "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
@@ -359,6 +359,8 @@ STUDY: dict[str, Callable[[], str]] = {
     "million_groups2": partial(variants, "quality/million_groups2.json"),
     "forms": partial(forms, "quality/layers.json"),
     "calibration": partial(forms, "quality/calibration.json"),
+    "forms_on_tests": partial(forms, "quality/forms.json"),
+    "limit": limit,
 }
 FILES = {
     README: TABLES,
