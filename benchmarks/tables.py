@@ -119,9 +119,10 @@ def stream_rows(file: str, stream: dict[str, Any]) -> list[str]:
     for window, row in longest.items():
         what = f"{processor(stream)}: a token of a stream, {model}, window {row['sinks']} + {window:,}"
         lines += against(row, f"{what}, {row['tokens']:,} tokens on", file)
-        (_, ours), *others = row["contenders"].items()
-        peak, *peaks = (cell["peak_bytes"] / 2**20 for cell in (ours, *(cell for _, cell in others)))
-        cells = "; ".join(f"{other:,.1f} MiB" for other in peaks), "; ".join(f"{other / peak:.2f}" for other in peaks)
+        peaks = {name: cell["peak_bytes"] / 2**20 for name, cell in row["contenders"].items() if "failed" not in cell}
+        (_, peak), *others = peaks.items()
+        cells = [[f"{other:,.1f} MiB", f"{peak / other:.2f}"] for _, other in others]
+        cells = ["; ".join(column) for column in zip(*cells, strict=True)]
         names = "; ".join(name for name, _ in others)
         what = f"its peak memory beside the weights, against {names}"
         lines.append(f"| {what} | {peak:,.1f} MiB | {cells[0]} | {cells[1]} | `{file}` |")
@@ -134,7 +135,9 @@ def stream_targets() -> str:
     for file in STREAMS:
         for row in load(file)["targets"]:
             other, _, window = row["what"].removeprefix("ours over ").partition(", window ")
-            found, bound = f"{row['found']:.2f}", f"{row['bound']:.2f}" if "bound" in row else "not measured"
+            found, bound = (
+                "not measured" if row.get(name) is None else f"{row[name]:.2f}" for name in ("found", "bound")
+            )
             found = found if row["reached"] else f"**{found}**"
             lines.append(f"| `{file}` | {other} | {window} | {row['wanted']} | {found} | {bound} |")
     return "\n".join(lines)

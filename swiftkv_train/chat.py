@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from swiftkv_models import SharedPrefix, SinkWindowCache, use_exact_positions
+from swiftkv_models import SinkWindowCache, use_exact_positions
+from swiftkv_models.shared_prefix import beginning_of_chat
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config
-from swiftkv_train.kept_caches import SINKS, KeptCaches, KeptStreams, generate
+from swiftkv_train.kept_caches import KeptCaches, KeptPrefixes, KeptStreams, generate, new_stream, shared_length
 from swiftkv_train.loading import Model, Tokenizer, load_config, load_for_inference, load_tokenizer, one_line
 
 
@@ -165,26 +166,25 @@ class _Conversation:
         """What makes a cache for a prompt: with the system message, or else the first tokens, kept for ever.
 
         Raises:
-            UserError: the template has no prefix for the system message.
+            UserError: the template has no prefix for the system message, or it leaves no room for the window.
         """
-        model, messages = self._model, self._messages
+        model, messages, limit = self._model, self._messages, self._model.config.max_position_embeddings
         use_exact_positions(model)
-        prefix: Any = None
+        beginning: list[int] = []
         if messages:
             # A template's errors as one line.
             _prompt_ids(self._tokenizer, [*messages, {"role": "user", "content": "0"}], self._path)
             try:
-                prefix = SharedPrefix.from_messages(model, self._tokenizer, messages)
+                beginning = beginning_of_chat(self._tokenizer, messages)
             except ValueError as error:
                 raise UserError(f"{self._path}: --system cannot go with --window: {one_line(error)}") from None
-
-        def new(ids: Sequence[int]) -> SinkWindowCache:
-            pinned: Any = {}
-            if prefix is not None and len(prefix) >= SINKS:
-                pinned = {"prefixes": prefix, "input_ids": torch.tensor([list(ids)])}
-            return SinkWindowCache(model.config, window=window, attention_sinks=SINKS, **pinned)
-
-        return new
+            if len(beginning) + window > limit:
+                raise UserError(
+                    f"--system has {len(beginning)} tokens, which with --window {window} is longer than the context of "
+                    f"{self._path}, {limit}"
+                )
+        prefixes = KeptPrefixes(model, max_entries=1)
+        return lambda ids: new_stream(model, ids, window, shared_length(beginning, ids), prefixes)[0]
 
 
 class _StopWhen(StoppingCriteria):

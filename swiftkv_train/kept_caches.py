@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from swiftkv_models import SharedPrefix
+from swiftkv_models import SharedPrefix, SinkWindowCache
 
 MAX_ENTRIES = 8
 SINKS = 4  # first tokens that a stream keeps for ever
@@ -41,7 +41,7 @@ class KeptCaches:
 
         What the prompt goes on from as a whole is kept no longer: give it back by `keep`.
         """
-        shared = [_shared_length(tokens, token_ids) for tokens, _ in self._entries]
+        shared = [shared_length(tokens, token_ids) for tokens, _ in self._entries]
         length = min(max(shared, default=0), len(token_ids) - 1)
         if length <= 0:
             return DynamicCache(config=self._config)
@@ -56,7 +56,7 @@ class KeptCaches:
         tokens = list(token_ids[: cache.get_seq_length()])
         if not 0 < len(tokens) <= self._max_tokens:
             return
-        shared = [_shared_length(kept, tokens) for kept, _ in self._entries]
+        shared = [shared_length(kept, tokens) for kept, _ in self._entries]
         if len(tokens) in shared:
             return
         self._entries = [entry for entry, n in zip(self._entries, shared, strict=True) if n < len(entry[0])]
@@ -69,8 +69,8 @@ class KeptCaches:
 
 
 class KeptStreams:
-    """As `KeptCaches`, for caches that cannot be cut, `SinkWindowCache`s: a prompt goes on from all of one. Each is of
-    fixed size, so there is no limit but their number.
+    """As `KeptCaches`, for caches that cannot be cut, `SinkWindowCache`s: a prompt goes on from all of one. None grows,
+    so there is no limit but their number.
     """
 
     def __init__(self, max_entries: int = MAX_ENTRIES):
@@ -83,7 +83,7 @@ class KeptStreams:
         None where there is none.
         """
         lengths = [
-            len(tokens) if _shared_length(tokens, token_ids) == len(tokens) < len(token_ids) else 0
+            len(tokens) if shared_length(tokens, token_ids) == len(tokens) < len(token_ids) else 0
             for tokens, _ in self._entries
         ]
         longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
@@ -92,8 +92,9 @@ class KeptStreams:
         return self._entries.pop(longest)[1]
 
     def keep(self, token_ids: Sequence[int], cache: Any) -> None:
-        """Keep what holds the first of `token_ids`, as many as its length says."""
-        if tokens := list(token_ids[: cache.get_seq_length()]):
+        """Keep what holds the first of `token_ids`, as many as its length says, unless those are a prefix alone."""
+        if cache.columns > cache.first_column:
+            tokens = list(token_ids[: cache.columns])
             self._entries = [*self._entries, (tokens, cache)][-self._max_entries :] if self._max_entries else []
 
     def clear(self) -> None:
@@ -122,6 +123,22 @@ class KeptPrefixes:
         self._entries.clear()
 
 
+def new_stream(
+    model: Any, token_ids: Sequence[int], window: int, system_tokens: int, prefixes: KeptPrefixes
+) -> tuple[SinkWindowCache, int]:
+    """A cache for a prompt whose first `system_tokens` stay for ever, or its first SINKS if those are more.
+
+    And how many of its tokens were run before.
+    """
+    options: dict[str, Any] = {}
+    was_there = False
+    if SINKS <= system_tokens < len(token_ids):
+        prefix, was_there = prefixes.get(token_ids[:system_tokens])
+        options = {"prefixes": prefix, "input_ids": torch.tensor([list(token_ids)])}
+    cache = SinkWindowCache(model.config, window=window, attention_sinks=SINKS, **options)
+    return cache, system_tokens * was_there
+
+
 def generate(
     model: Any, token_ids: Sequence[int], cache: Any, *, stopped: Callable[[], bool], **arguments: Any
 ) -> list[int]:
@@ -141,7 +158,7 @@ def generate(
     return model.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **arguments)[0].tolist()
 
 
-def _shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -39,12 +39,15 @@ def command_lines(text):
     return [words for words in found if words]
 
 
-def recipe_of(words):
-    """The recipe that a command names and the overrides after it; None where it names none."""
-    for position, word in enumerate(words):
-        if word.startswith("recipes/") and word.endswith(".yaml") and (ROOT / word).parent.name != "accelerate":
-            return ROOT / word, [word for word in words[position + 1 :] if re.match(r"[\w.]+=", word)]
-    return None
+def recipes_of(words):
+    """The recipes that a command names, and the overrides after the first."""
+    named = [
+        position
+        for position, word in enumerate(words)
+        if word.startswith("recipes/") and word.endswith(".yaml") and "/accelerate/" not in word
+    ]
+    behind = words[named[0] + 1 :] if named else []
+    return [ROOT / words[position] for position in named], [word for word in behind if re.match(r"[\w.]+=", word)]
 
 
 SAID = [pytest.param(document, id=relative(document)) for document in DOCUMENTS]
@@ -75,10 +78,11 @@ def options_of(command):
     return {name for parameter in command.params for name in parameter.opts}
 
 
-@pytest.mark.parametrize("words", [line for line in LINES if recipe_of(line.values[0])])
+@pytest.mark.parametrize("words", [line for line in LINES if recipes_of(line.values[0])[0]])
 def test_recipes_take_the_overrides_that_commands_give_them(words):
-    recipe, overrides = recipe_of(words)
-    assert load_recipe(recipe, overrides).training.steps > 0
+    recipes, overrides = recipes_of(words)
+    for recipe in recipes:
+        assert load_recipe(recipe, overrides).training.steps > 0
 
 
 @pytest.mark.parametrize("words", [line for line in LINES if line.values[0][0] in LAUNCHERS])
@@ -99,7 +103,7 @@ def test_launchers_understand_what_they_are_told(words):
     assert told.module
     assert started == "swiftkv_train.distill"
     assert rest == words[-len(rest) :]
-    assert rest[0] == "RECIPE" or recipe_of(rest)
+    assert rest[0] == "RECIPE" or recipes_of(rest)[0]
 
 
 @pytest.mark.parametrize("document", SAID)

@@ -52,7 +52,7 @@ def measure(recipe: str, overrides: Sequence[str], tokens: int) -> dict[str, Any
         run.prepare()
         model: Any = run.strategy.model
         first, last = model.config.num_key_value_layers, model.config.num_hidden_layers
-        tail, end = range(first, last), range(last - (last - first) // 3, last)
+        tail, end = range(first, last), range(last - max(1, (last - first) // 3), last)
         for what, names, layers in (
             ("none", (), tail),
             ("K", ("k_proj",), tail),

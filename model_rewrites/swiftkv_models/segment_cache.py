@@ -18,6 +18,7 @@ allocated once, by the first tokens. What drops out of the window is forgotten: 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,16 @@ class SinkWindowCache(Cache):
         attention_mask: torch.Tensor | None = None,
         quantization: str | None = None,
     ):
-        if not (isinstance(window, int) and isinstance(attention_sinks, int) and window >= 1 and attention_sinks >= 0):
+        try:
+            sizes = operator.index(window), operator.index(attention_sinks)
+        except TypeError:
+            sizes = 0, 0
+        if sizes[0] < 1 or sizes[1] < 0:
             raise ValueError(
                 "window must be a whole number of at least 1 and attention_sinks of at least 0, not "
                 f"{window!r} and {attention_sinks!r}"
             )
+        window, attention_sinks = sizes
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
         if getattr(config, "sliding_window", None) is not None or "sliding_attention" in (

@@ -148,6 +148,8 @@ class SegmentLayer(CacheLayerMixin):
             (keys, key_scale), (values, value_scale) = (
                 kv_quantize(tensor, cache.quantized_dtype) for tensor in (keys, values)
             )
+        else:
+            keys, values = keys.to(self.keys.dtype), values.to(self.keys.dtype)  # of a model that was cast since
         lengths, groups = cache.prefix_lengths.to(self.device), cache.prefix_groups.to(self.device)
         return PrefixSegment(keys, values, lengths, groups, key_scale, value_scale)
 

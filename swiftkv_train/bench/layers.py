@@ -42,6 +42,10 @@ def measure(recipe: str, overrides: list[str] | None, forms: str | None, on: str
             raise UserError(
                 f"--forms {text}: the sums of l = {own} do not fit into memory beside the others; leave it out"
             )
+    same: dict[str, str] = {}
+    for text, form in wanted.items():
+        if (other := same.setdefault(str(form), text)) != text:
+            raise UserError(f"--forms: {other} and {text} are the same form; leave one out")
     predicted = {text: predictor.loss(*form) for text, form in wanted.items()}
     sums.samples.clear()
     rows: list[dict[str, Any]] = []

@@ -128,6 +128,9 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model,
         "data.held_out or data.test": data.held_out,
         "data.sequence_length": data.sequence_length,
+        "which of data.train's names are measured on": sorted(
+            {source.name for source in data.train} & {source.name for source in data.held_out}
+        ),
         "data.seed": data.seed,
         "training.seed": training.seed,
     }

@@ -103,7 +103,8 @@ def plan(
 
         result["layers"] = read(layers, result)
         if (prefill_budget, kv_budget) != (None, None):
-            result["layers"]["within_budget"] = within_budget(result["layers"], prefill_budget, kv_budget)
+            budget = within_budget(result, result["layers"], prefill_budget, kv_budget)
+            result["layers"]["within_budget"] = budget
     if as_json:
         print_json(result)
     else:
@@ -171,13 +172,13 @@ def calibrate(
 
         check(layers)
         from swiftkv_train.layer_choice import predict
-        from swiftkv_train.plan.report import print_layers
+        from swiftkv_train.plan.report import print_budget, print_layers
 
         result = predict(checked)
         write(result, layers)
-        if (prefill_budget, kv_budget) != (None, None):
-            result["within_budget"] = within_budget(result, prefill_budget, kv_budget)
         print_layers(result)
+        if (prefill_budget, kv_budget) != (None, None):
+            print_budget(within_budget(result, result, prefill_budget, kv_budget))
         _say_plot(layers)
         return
     raise typer.Exit(_distil(recipe, overrides, calibrate_only=True))
@@ -329,8 +330,8 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Keep the system message (or the first 4 tokens) and so many last tokens of a conversation, which "
-            "then may go on without end in fixed memory; what leaves the window is forgotten.",
+            help="Keep the system message (if no longer than this; or the first 4 tokens) and so many last tokens of a "
+            "conversation, which may then go on without end in fixed memory. Both must fit the model's context.",
         ),
     ] = None,
     dtype: Dtype = "auto",

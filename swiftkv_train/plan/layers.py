@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from swiftkv_models.llama import uniform_groups
 from swiftkv_train.errors import UserError
 from swiftkv_train.results import check_target, plot, plot_of, write_result
 
@@ -45,23 +46,29 @@ def read(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def within_budget(result: dict[str, Any], prefill: float | None, kv: float | None) -> dict[str, Any]:
+def within_budget(
+    plan: dict[str, Any], result: dict[str, Any], prefill: float | None, kv: float | None
+) -> dict[str, Any]:
     """The forms that leave at most these shares of the base's prefill FLOPs and K/V bytes, the least loss first.
 
-    Raises UserError where there is none.
+    Behind the recipe of `plan`, of which the form counts. Raises UserError where there is none.
     """
-    fitting: dict[str, dict[str, Any]] = {}
     rows = [*result["uniform"], *result["grouped"]]
+    fitting: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["loss"]):
-        if row["prefill_ratio"] <= (prefill or 1.0) and row["cache_ratio"] <= (kv or 1.0):
-            fitting.setdefault(_overrides(row, bool(result.get("key_value_groups"))), row)
+        shares = (row["prefill_ratio"], prefill), (row["cache_ratio"], kv)
+        if all(most is None or share <= most for share, most in shares):
+            groups = row.get("key_value_groups") or uniform_groups(
+                row["num_key_value_layers"], result["num_hidden_layers"], row["key_value_group_size"]
+            )
+            fitting.setdefault(str(groups), row)  # which tells l as well
     if not fitting:
-        least = {name: min(row[name] for row in rows) for name in ("prefill_ratio", "cache_ratio")}
+        least = [f"{min((row[name] for row in rows), default=1):.1%}" for name in ("prefill_ratio", "cache_ratio")]
         raise UserError(
-            "no form is within the budget; there are forms of "
-            f"{least['prefill_ratio']:.1%} of the prefill, and of {least['cache_ratio']:.1%} of the K/V"
+            f"no form is within the budget; there are forms of {least[0]} of the prefill, and of {least[1]} of the K/V"
         )
-    found = [{"overrides": overrides, **row} for overrides, row in fitting.items()]
+    has_groups = bool(plan.get("key_value_groups"))
+    found = [{"overrides": _overrides(row, has_groups), **row} for row in fitting.values()]
     return {"prefill": prefill, "kv": kv, "rows": found}
 
 
@@ -78,7 +85,8 @@ def _overrides(row: dict[str, Any], has_groups: bool) -> str:
 
 def budget_table(found: dict[str, Any]) -> Table:
     """The best of `within_budget`."""
-    limits = [f"{found[key]:.0%} of the base's {what}" for key, what in BUDGETS.items() if found[key] is not None]
+    given = {what: found[key] for key, what in BUDGETS.items() if found[key] is not None}
+    limits = [f"{100 * share:.4g}% of the base's {what}" for what, share in given.items()]
     table = Table(title=f"at most {' and '.join(limits)}: the least loss first", title_justify="left")
     for name in ("l", "prefill", "K/V", "loss"):
         table.add_column(name, justify="right")
@@ -93,7 +101,12 @@ def _is_prediction(held: Any) -> bool:
     """Whether it can be shown, as what `write` writes can."""
     try:
         tables(held)
-        return isinstance(held["base"], str)
+        numbers = [
+            row[name]
+            for row in (*held["uniform"], *held["grouped"])
+            for name in ("num_key_value_layers", "prefill_ratio", "cache_ratio", "loss")
+        ]
+        return isinstance(held["base"], str) and all(isinstance(number, int | float) for number in numbers)
     except Exception:  # whatever an odd shape makes of it
         return False
 

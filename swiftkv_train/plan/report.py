@@ -34,7 +34,11 @@ def print_layers(result: dict[str, Any]) -> None:
     for table in tables(result):
         console.print(table)
     if "within_budget" in result:
-        console.print(budget_table(result["within_budget"]))
+        print_budget(result["within_budget"])
+
+
+def print_budget(found: dict[str, Any]) -> None:
+    Console(highlight=False).print(budget_table(found))
 
 
 def _training(plan: dict[str, Any]) -> Table:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from swiftkv_models import SinkWindowCache, use_exact_positions
+from swiftkv_models import use_exact_positions
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids
-from swiftkv_train.kept_caches import MAX_ENTRIES, SINKS, KeptCaches, KeptPrefixes, KeptStreams, generate
+from swiftkv_train.kept_caches import MAX_ENTRIES, KeptCaches, KeptPrefixes, KeptStreams, generate, new_stream
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
@@ -147,10 +147,10 @@ class GenerateEngine:
     At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
     the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With `reuse` the K/V of
     up to that many tokens are kept for later requests that begin alike. With a `window` every request has a cache of
-    the last `window` tokens and the system's messages, or the first SINKS tokens where there are none or they leave
-    the window no room in the model's context: there is no context length then but the one that is given, and with
-    `reuse` a few such caches are kept for prompts that go on from all of one, and K/V of a few systems' messages for
-    new ones. A cancelled request stops at its next token, or before the next piece of its prompt.
+    the last `window` tokens and the system's messages, or the first SINKS tokens where there are none, or more of them
+    than `window` or than it leaves of the model's context: there is no context length then but the one that is given,
+    and with `reuse` a few such caches are kept for prompts that go on from all of one, and K/V of a few systems'
+    messages for new ones. A cancelled request stops at its next token, or before the next piece of its prompt.
     """
 
     def __init__(
@@ -188,7 +188,8 @@ class GenerateEngine:
         else:
             use_exact_positions(model)
             self._kept = KeptStreams(MAX_ENTRIES if reuse else 0)
-        self._window, self._room = window or 0, own - (window or 0)
+        self._window = window or 0
+        self._most_pinned = min(self._window, own - self._window)  # of a system's messages: memory has an end
         self._prefixes = KeptPrefixes(model, MAX_ENTRIES if reuse else 0)
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
@@ -301,9 +302,14 @@ class GenerateEngine:
 
     def _generate(self, job: _Job, sink: _TokenSink) -> None:
         request, device = job.request, self._model.device
+        if job.cancelled:
+            return
         cache: Any = self._kept.take(request.prompt_token_ids)
         if cache is None:
-            cache, sink.cached_tokens = self._new_stream(request)
+            system_tokens = request.system_tokens if request.system_tokens <= self._most_pinned else 0
+            cache, sink.cached_tokens = new_stream(
+                self._model, request.prompt_token_ids, self._window, system_tokens, self._prefixes
+            )
         else:
             sink.cached_tokens = cache.get_seq_length()
         config = decoding_config(
@@ -328,15 +334,6 @@ class GenerateEngine:
                 stopping_criteria=StoppingCriteriaList([sink]),
             )
         self._kept.keep(tokens, cache)
-
-    def _new_stream(self, request: GenerationRequest) -> tuple[SinkWindowCache, int]:
-        """And how many tokens of its prompt were run for an earlier request."""
-        options: dict[str, Any] = {}
-        cached, ids, count = 0, request.prompt_token_ids, request.system_tokens
-        if SINKS <= count <= self._room and count < len(ids):
-            prefix, was_there = self._prefixes.get(ids[:count])
-            options, cached = {"prefixes": prefix, "input_ids": torch.tensor([list(ids)])}, count * was_there
-        return SinkWindowCache(self._model.config, window=self._window, attention_sinks=SINKS, **options), cached
 
 
 def _own_context_length(model: Any) -> int:

@@ -41,6 +41,7 @@ def chat_prompt(tokenizer: Any, body: ChatCompletionRequest, info: ModelInfo) ->
 def _system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
     """How many of the conversation's first tokens are those of the system's messages that it begins with."""
     from swiftkv_models.shared_prefix import beginning_of_chat
+    from swiftkv_train.kept_caches import shared_length
 
     system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     if not system:
@@ -49,7 +50,8 @@ def _system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], token_
         beginning = beginning_of_chat(tokenizer, system)
     except Exception:  # a template that would refuse them if a user spoke next
         return 0
-    return len(beginning) if list(token_ids[: len(beginning)]) == beginning else 0
+    # Less than all of it where what comes next makes another token together with its end.
+    return shared_length(beginning, token_ids)
 
 
 def completion_token_ids(tokenizer: Any, body: CompletionRequest, info: ModelInfo) -> list[int]:

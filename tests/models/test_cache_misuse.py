@@ -312,10 +312,8 @@ def test_a_cache_takes_its_rows_after_others_were_refused(monkeypatch):
     torch.testing.assert_close(logits(model, rows[:, 20:], cache), found)
 
 
-@pytest.mark.parametrize("pays", [True, False], ids=["shared", "copied"])
-def test_a_prefix_of_another_model(pays, monkeypatch):
+def test_a_prefix_of_another_model():
     """One of other sizes ended the process in torch's kernel; one of the base, whose sizes fit, gave wrong logits."""
-    monkeypatch.setattr("swiftkv_models.segment_cache.sharing_pays", lambda *_: pays)
     model = swiftkv_model()
     others = {
         "a prefix has K/V of 1 heads of 8, this model of 2 of 8": swiftkv_model(num_key_value_heads=1),
@@ -327,6 +325,21 @@ def test_a_prefix_of_another_model(pays, monkeypatch):
         rows = torch.tensor([[*prefix.token_ids, 5, 6]] * 2)
         with pytest.raises(ValueError, match=f"{message}; make it with this model"):
             new_cache(model, prefixes=prefix, input_ids=rows)
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["shared", "copied"])
+def test_a_prefix_of_a_model_that_was_cast_since(pays, monkeypatch):
+    monkeypatch.setattr("swiftkv_models.segment_cache.sharing_pays", lambda *_: pays)
+    model = swiftkv_model()
+    prefix = SharedPrefix.from_ids(model, random_ids(1, 9)[0])
+    rows = torch.tensor([[*prefix.token_ids, 5, 6]] * 2)
+    expected = model(rows).logits[:, -1]
+    model.float()
+    for tokens in ([rows[:, 9:]], [rows[:, 9:10], rows[:, 10:]]):
+        cache = new_cache(model, window=20, prefixes=prefix, input_ids=rows)
+        for part in tokens:
+            found = logits(model, part, cache)
+        torch.testing.assert_close(found[:, -1].double(), expected, rtol=0, atol=1e-4)
 
 
 def test_a_cache_of_another_model():

@@ -15,7 +15,9 @@ from swiftkv_models.shared_prefix import beginning_of_chat
 from swiftkv_train import kept_caches
 from swiftkv_train.errors import UserError
 from swiftkv_train.kept_caches import KeptCaches, KeptPrefixes, generate
-from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent
+from swiftkv_train.serve import GenerateEngine, GenerationRequest, ModelInfo, TokenEvent
+from swiftkv_train.serve.prompts import chat_prompt
+from swiftkv_train.serve.schemas import ChatCompletionRequest
 
 FIRST = list(range(10, 50))
 
@@ -182,9 +184,9 @@ def test_usage_and_metrics_tell(model: Any, tokenizer: PreTrainedTokenizerFast) 
 # Streams
 
 
-def streamed(model: Any, prompt: list[int], count: int, sinks: int = 4) -> list[int]:
+def streamed(model: Any, prompt: list[int], count: int, sinks: int = 4, window: int = 16) -> list[int]:
     """The answer of a model with a window of its own, its tokens fed one by one."""
-    cache = swiftkv_models.SinkWindowCache(model.config, window=16, attention_sinks=sinks)
+    cache = swiftkv_models.SinkWindowCache(model.config, window=window, attention_sinks=sinks)
     ids = list(prompt)
     with torch.no_grad():
         for token in prompt[:-1]:
@@ -229,9 +231,9 @@ def test_a_stream_keeps_the_system_message_which_runs_once(
     model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a sink: each answer is that of a cache whose sinks are the system message's tokens."""
-    system = [{"role": "system", "content": "the cat sat on the mat"}]
+    system = [{"role": "system", "content": "the cat"}]
     count = len(beginning_of_chat(tokenizer, system))
-    with running(model, tokenizer, window=16) as it:
+    with running(model, tokenizer, window=24) as it:
         for turn, question in enumerate(("the dog", "the other mat and the dog sat on the other mat")):
             messages = [*system, {"role": "user", "content": question}]
             run.clear()
@@ -240,17 +242,47 @@ def test_a_stream_keeps_the_system_message_which_runs_once(
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
             assert run[: 2 - turn] == [count, len(ids) - count][turn:]
             assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == count * turn
-            said = streamed(model, ids, reply["usage"]["completion_tokens"], sinks=count)
+            said = streamed(model, ids, reply["usage"]["completion_tokens"], sinks=count, window=24)
             assert reply["choices"][0]["message"]["content"] == tokenizer.decode(said, skip_special_tokens=True)
-            assert len(ids) + len(said) > count + 16  # the window has gone by
-        run.clear()
-        it.post({**body, "messages": [{"role": "user", "content": "a"}]})
-        assert run[0] != count
-    monkeypatch.setattr(model.config, "max_position_embeddings", count + 15)  # no room for both
-    with running(model, tokenizer, window=16) as it:
+            assert len(ids) + len(said) > count + 24  # the window has gone by
+        for others in ([], [{"role": "system", "content": "the cat " * 9}]):  # none, or longer than the window
+            run.clear()
+            reply = it.post({**body, "messages": [*others, messages[1]]}).json()
+            assert run[0] == reply["usage"]["prompt_tokens"]
+    monkeypatch.setattr(model.config, "max_position_embeddings", count + 23)  # no room for both
+    with running(model, tokenizer, window=24) as it:
         run.clear()
         it.post(body)
         assert run[0] == len(ids)
+
+
+@pytest.mark.parametrize("first", ["the dog", " the dog", "\n\n  the dog", "assistant"])
+def test_of_the_system_message_as_much_is_kept_as_the_prompt_begins_with(
+    tokenizer: PreTrainedTokenizerFast, first: str
+) -> None:
+    """What follows may make one token with the template's last characters, or not be a user's turn."""
+    system = [{"role": "system", "content": "the cat"}]
+    role, content = ("assistant", "the dog") if first == "assistant" else ("user", first)
+    body = ChatCompletionRequest(messages=[*system, {"role": role, "content": content}])  # type: ignore[arg-type]
+    prompt = chat_prompt(tokenizer, body, ModelInfo("m", None, 300, streams=True))
+    beginning, count = beginning_of_chat(tokenizer, system), prompt.system_tokens
+    assert list(prompt.token_ids[:count]) == beginning[:count]
+    assert (count == len(beginning)) == (first != "assistant")
+    assert "the cat" in tokenizer.decode(prompt.token_ids[:count])
+    assert chat_prompt(tokenizer, body, ModelInfo("m", None, 300)).system_tokens == 0
+
+
+def test_a_request_that_was_left_runs_nothing_and_keeps_nothing(
+    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int]
+) -> None:
+    """Before its system message, and between that and the rest."""
+    engine = GenerateEngine(model, tokenizer, window=64)
+    cache, known = kept_caches.new_stream(model, FIRST, 64, 10, KeptPrefixes(model))
+    assert (cache.get_seq_length(), known, run) == (10, 0, [10])
+    tokens = generate(model, FIRST, cache, stopped=lambda: True)
+    engine._kept.keep(tokens, cache)
+    assert engine._kept.take([*FIRST, 5]) is None
+    engine.close()
 
 
 @pytest.mark.parametrize("window", [0, 4097])

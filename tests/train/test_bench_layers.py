@@ -42,6 +42,7 @@ def test_ranks():
         ("3+2", "--forms: '3+2' is no form"),
         ("3:1:2", "--forms: '3:1:2' is no form"),
         ("6", "--forms 6: l must be between 1 and 5"),
+        ("3,3x1", "--forms: 3 and 3x1 are the same form; leave one out"),
         ("3:1+1", "--forms 3:1+1: the sizes must add up to the 3 layers from 3 on"),
     ],
 )

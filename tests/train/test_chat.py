@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from swiftkv_train import chat as chat_module
-from swiftkv_train import loading
+from swiftkv_train import kept_caches, loading
 from swiftkv_train.chat import chat
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config, kept_settings
@@ -172,12 +172,12 @@ def test_without_a_window_it_ends_and_says_what_helps(talk):
 def test_with_a_window_it_goes_on_beyond_the_context(talk, capsys, monkeypatch, system):
     made = []
 
-    class Watched(chat_module.SinkWindowCache):
+    class Watched(kept_caches.SinkWindowCache):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             made.append(self)
 
-    monkeypatch.setattr(chat_module, "SinkWindowCache", Watched)
+    monkeypatch.setattr(kept_caches, "SinkWindowCache", Watched)
     talk(window=32, system=system)
     cache = made[-1]  # random tokens seldom come back from text as they were, so turns begin anew
     assert cache.columns > 128
@@ -242,6 +242,11 @@ def test_a_template_that_fails_is_named_in_one_line(model, template, reason, win
     with pytest.raises(UserError, match=f"model: its chat template .*{reason}") as caught:
         answer(model, window=window, system="Say little.")
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_message_that_leaves_no_room_for_the_window(model):
+    with pytest.raises(UserError, match=r"--system has \d+ tokens, which with --window 128 is longer than the context"):
+        answer(model, window=128, system="Say little.")
 
 
 def test_a_template_without_a_prefix_cannot_have_a_window(model):

@@ -14,6 +14,7 @@ from packed import packed_batch
 from transformers import AutoModelForCausalLM
 
 from swiftkv_models import rewrite
+from swiftkv_models.llama import uniform_groups
 from swiftkv_train import layer_choice
 from swiftkv_train.calibrate import solve
 from swiftkv_train.cli import main
@@ -287,7 +288,12 @@ def test_forms_within_a_budget(swiftkv):
     ]
     losses = [row["loss"] for row in found["rows"]]
     assert (losses[0], losses) == (min(expected), sorted(losses))
-    assert set(losses) == set(expected)  # forms that are in both lists come once
+    assert set(losses) == set(expected)
+    forms = [
+        row.get("key_value_groups") or uniform_groups(row["num_key_value_layers"], 6, row["key_value_group_size"])
+        for row in found["rows"]
+    ]
+    assert len({str(form) for form in forms}) == len(forms)  # those that are in both lists come once
     status, shown, _ = swiftkv("plan", "recipe.yaml", *budget)
     shown = " ".join(shown.split())
     assert "at most 80% of the base's prefill FLOPs and 70% of the base's K/V bytes: the least loss first" in shown
@@ -340,7 +346,10 @@ EMPTY = {
         ),
         *(
             (json.dumps({**EMPTY, key: odd}), "--layers layers.json is no prediction of layers")
-            for key, odd in (("uniform", 3), ("uniform", [{}]), ("grouped", [[]]), ("context", "x"), ("base", 3))
+            for key, odd in (
+                *(("uniform", 3), ("uniform", [{}]), ("grouped", [[]]), ("context", "x"), ("base", 3)),
+                ("grouped", [{"key_value_groups": [[3]], "cache_ratio": 1.0, "relative": 1.0}]),
+            )
         ),
         ("[" * 5000, "--layers layers.json is no prediction of layers"),
     ],
