@@ -358,7 +358,7 @@ STUDY: dict[str, Callable[[], str]] = {
     "full": partial(report_of, "quality/full.json", speed=False),
     "groups2": partial(variants, "quality/groups2.json"),
     "groups4": partial(variants, "quality/groups4.json"),
-    # "ideas_of_groups": partial(variants, "quality/ideas_g2.json"),
+    "ideas_of_groups": partial(variants, "quality/ideas_g2.json"),
     "million_groups2": partial(variants, "quality/million_groups2.json"),
     "forms": partial(forms, "quality/layers.json"),
     "calibration": partial(forms, "quality/calibration.json"),
