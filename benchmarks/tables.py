@@ -331,13 +331,6 @@ def tasks() -> str:
     return f"{task_table(result['tasks'])}\n\n`benchmarks/quality/tasks.json`: {where(result)}."
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "quickstart": partial(report_of, "quickstart.json", speed=True),
-    "targets": targets,
-    "inference": inference,
-}
-
-
 def limit() -> str:
     """The calibrated model with the base's own K or V in place of the fitted ones."""
     result = load("quality/limit.json")
@@ -347,6 +340,11 @@ def limit() -> str:
     return "\n".join([*lines, "", f"`{result['command']}`; {where(result)}."])
 
 
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": partial(report_of, "quickstart.json", speed=True),
+    "targets": targets,
+    "inference": inference,
+}
 STUDY: dict[str, Callable[[], str]] = {
     "fit": fit,
     "tasks": tasks,

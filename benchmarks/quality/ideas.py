@@ -23,13 +23,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from swiftkv_train.allocator import keep_freed_memory
-from swiftkv_train.bench import finish
+from swiftkv_train.bench import finish, run_script
 from swiftkv_train.bench.quality import TEST, compared, settings_of, variant_of
 from swiftkv_train.calibrate import ridge_solution
 from swiftkv_train.data import Batch
 from swiftkv_train.distill import Distillation
-from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.errors import UserError
 from swiftkv_train.moments import Moments, ProjectionRecorder
 from swiftkv_train.recipe import Recipe
 from swiftkv_train.recipe_file import load_recipe
@@ -403,8 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    try:
-        main()
-    except (UserError, RunError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swiftkv_train.allocator import keep_freed_memory
-from swiftkv_train.bench import finish
+from swiftkv_train.bench import finish, run_script
 from swiftkv_train.bench.quality import TEST, figures_of, variant_of
 from swiftkv_train.distill import Distillation
-from swiftkv_train.errors import RunError, UserError
+from swiftkv_train.errors import UserError
 from swiftkv_train.machine import environment
 from swiftkv_train.moments import ProjectionRecorder
 from swiftkv_train.quality import OTHER_KINDS, TRAINED_ON, by_kind
@@ -88,8 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    try:
-        main()
-    except (UserError, RunError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

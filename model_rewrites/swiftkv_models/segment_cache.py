@@ -37,7 +37,7 @@ from swiftkv_models.segment_layer import (
 )
 from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, form_of, sharing_pays
 
-MAX_TURNED_SINKS = 64  # sinks
+MAX_TURNED_SINKS = 64
 MAX_TOKENS = 2**31 - 1  # positions are int32
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from swiftkv_train.errors import UserError
+from swiftkv_train.allocator import keep_freed_memory
+from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.results import check_target, plot_of, to_json, write_result
 
 DRAWN = ("decode", "kv-memory", "prefill", "quality", "relay", "stream")  # what bench/plots.py has a picture of
@@ -35,6 +37,15 @@ def finish(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
     console.print(f"[bold]{result['benchmark']}[/bold]")
     for line in result["summary"]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """`main` of a script under benchmarks/: with the allocator of the commands, and what goes wrong in a line."""
+    keep_freed_memory()
+    try:
+        main()
+    except (UserError, RunError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:
