@@ -23,7 +23,8 @@ def where(result: dict[str, Any]) -> str:
     facts = result["environment"]
     dtype = [facts["dtype"]] if "dtype" in facts else []  # a file may hold figures of several, or of none
     versions = [f"torch {facts['torch']}", f"transformers {facts['transformers']}"]
-    return ", ".join([facts["device"], f"{facts['threads']} threads", *dtype, *versions, facts["date"]])
+    instructions = f" ({facts['instructions']})" if "instructions" in facts else ""  # which early files lack
+    return ", ".join([facts["device"] + instructions, f"{facts['threads']} threads", *dtype, *versions, facts["date"]])
 
 
 def report_of(name: str, *, speed: bool) -> str:

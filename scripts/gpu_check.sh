@@ -130,7 +130,7 @@ PY
 bench 50 prefill "$checkpoint" --base "$model" --lengths 2048,8000
 bench 60 decode "$checkpoint" --base "$model" --batch 1,16 --context 4096
 bench 60 stream "$checkpoint" --windows 1024,4096 --tokens 8192
-bench 80 relay --heads 32 --kv-heads 8 --head-dim 64 --dtype bfloat16 --batch 1,4,16,64 --prefix 64,1024,4096,16384
+bench 90 relay --heads 32 --kv-heads 8 --head-dim 64 --dtype bfloat16 --batch 1,4,16,64 --prefix 64,1024,4096,16384
 bench 70 step "$model" --batch-size 4 --sequence-length 2048
 bench 30 kv-memory "$model" --checkpoint "$checkpoint"
 bench 60 loss --rows 2048 --repeats 5

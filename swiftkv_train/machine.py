@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from swiftkv_kernels.backends import cpu_supports
+
 if TYPE_CHECKING:
     from swiftkv_train.loading import Model
 
@@ -19,6 +21,7 @@ def environment(model: Model) -> dict[str, Any]:
 
     return {
         "device": device_name(model.device),
+        **({"instructions": _instructions()} if model.device.type == "cpu" else {}),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "python": platform.python_version(),
@@ -37,6 +40,12 @@ def device_name(device: torch.device) -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """Of the processor, the best that matrix products have a use for."""
+    named = {"amx_tile": "AMX", "avx512_bf16": "AVX-512 bf16", "avx512": "AVX-512", "avx2": "AVX2"}
+    return next((name for feature, name in named.items() if cpu_supports(feature)), platform.machine())
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from swiftkv_kernels.backends import cpu_supports
 from swiftkv_kernels.causal_attention import half_precision_products
 from swiftkv_kernels.kv_quantize import float16_of_float8, kv_dequantize
 
@@ -244,7 +245,7 @@ def fastest_rows(count: int, dtype: torch.dtype, slots: int) -> int:
     Over 4,096 keys 40 rows take it 0.73 ms, 64 0.64 ms; over 256 they take 0.054 and 0.066 ms.
     """
     few = PACKED_FROM * 5 // 8 <= count < PACKED_FROM
-    return PACKED_FROM if few and slots >= 1024 and dtype == torch.bfloat16 and supported("amx_tile") else count
+    return PACKED_FROM if few and slots >= 1024 and dtype == torch.bfloat16 and cpu_supports("amx_tile") else count
 
 
 def has_flash(dtype: torch.dtype) -> bool:
@@ -266,8 +267,3 @@ def _tried(operator: str, dtype: torch.dtype) -> bool:
     sums = torch.logsumexp(query.double() @ key.double().transpose(2, 3), -1)
     errors = (output.double() - expected).abs().max(), (log_sum_exp.double() - sums).abs().max()
     return all(bool(error <= 16 * torch.finfo(dtype).eps) for error in errors)
-
-
-@functools.cache
-def supported(feature: str) -> bool:
-    return bool(getattr(torch.cpu, f"_is_{feature}supported", bool)())  # False where it goes by another name

@@ -71,6 +71,12 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device | str) -> bool:
     return True
 
 
+@functools.cache
+def cpu_supports(feature: str) -> bool:
+    """Whether the CPU has 'avx2', 'avx512', 'avx512_bf16', 'amx_tile', ...: what torch.cpu can tell of."""
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())  # False where it goes by another name
+
+
 def resolve_backend(asked: str | None, tensor: Tensor) -> str:
     """The path for a tensor like this: the one asked for, or its device's ('torch' in place of 'triton' for fp64).
 

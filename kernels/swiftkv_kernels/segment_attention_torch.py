@@ -32,9 +32,9 @@ from swiftkv_kernels.attention_partials import (
     joined,
     merge_outputs,
     merge_partials,
-    supported,
     unpacked,
 )
+from swiftkv_kernels.backends import cpu_supports
 
 BLOCK = 128  # queries
 # bf16 query heads of a K/V head: with AMX two are 1.2 times as fast one by one, three as fast or a little faster.
@@ -95,7 +95,7 @@ def attend_all(
     batch, heads, _, size = query.shape
     ratio = heads // key.shape[1]
     sdpa = functional.scaled_dot_product_attention
-    if 1 < ratio <= FEW_HEADS and query.dtype == torch.bfloat16 and supported("amx_tile"):
+    if 1 < ratio <= FEW_HEADS and query.dtype == torch.bfloat16 and cpu_supports("amx_tile"):
         return sdpa(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
     rows = query.reshape(batch, key.shape[1], ratio, size)
     return sdpa(rows, key, value, attn_mask=visible, scale=scaling).reshape(query.shape)

@@ -95,28 +95,58 @@ def _draw_long(long: dict[str, Any], seconds: Any, memory: Any) -> None:
     memory.set_xlabel("tokens so far")
 
 
+def draw_sinks(result: dict[str, Any], pyplot: Any) -> Any:
+    """Perplexity along the text, a panel for each number of tokens kept, a line for each number of sinks."""
+    rows = result["rows"]
+    sizes = sorted({row["kept"] for row in rows if row["kept"] is not None})
+    figure, panels = _panels(pyplot, len(sizes))
+    for axes, size in zip(panels, sizes, strict=True):
+        for row in rows:
+            if row["kept"] not in (None, size):
+                continue
+            points = [(point["tokens"], point["perplexity"]) for point in row["points"]]
+            dense = {"label": "dense", "color": COLOURS["dense"], "linestyle": ":"}
+            axes.plot(*zip(*points, strict=True), **(dense if row["kept"] is None else {"label": str(row["sinks"])}))
+        if result["trained_length"] < result["tokens"]:
+            axes.axvline(result["trained_length"], color="#000000", linewidth=0.8, linestyle="--")
+        axes.set(title=f"{size:,} tokens kept", xlabel="tokens so far (dashed: trained length)", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.locator_params(axis="x", nbins=4)
+    panels[0].set_ylabel("perplexity")
+    panels[0].legend(frameon=False, title="sinks")
+    return figure
+
+
 def draw_relay(result: dict[str, Any], pyplot: Any) -> Any:
     """How many times as fast as the others, over the batch, a line a prefix; dashed: the ceiling."""
-    figure, panels = _panels(pyplot, 2)
-    prefixes = sorted({row["prefix"] for row in result["rows"]})
-    for axes, other in zip(panels, (PLAIN, PER_REQUEST), strict=True):
-        for marker, prefix in zip(MARKERS * len(prefixes), prefixes, strict=False):
-            rows = [row for row in result["rows"] if row["prefix"] == prefix]
-            known = [row for row in rows if "speedup" in row["contenders"][other]]
-            batches = [row["batch"] for row in known]
-            speedups = [row["contenders"][other]["speedup"] for row in known]
-            (line,) = axes.plot(batches, speedups, marker=marker, label=f"{prefix:,} tokens")
-            if other == PLAIN:
-                ceilings = [row["ceiling"] for row in known]
-                axes.plot(batches, ceilings, linestyle="--", linewidth=1, color=line.get_color())
-        axes.axhline(1.0, color="#000000", linewidth=0.8)
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:g}")
-        _doubling(axes, [row["batch"] for row in result["rows"]])
-        axes.set(title=f"over {other}", xlabel="batch")
-    panels[0].set_ylabel("times as fast (dashed: ceiling)")
-    panels[0].legend(frameon=False, title="shared prefix")
+    counts = sorted({row["groups"] for row in result["rows"]})
+    size = (9.2, 3.6 * len(counts))
+    figure, grid = pyplot.subplots(len(counts), 2, figsize=size, layout="constrained", squeeze=False)
+    for count, panels in zip(counts, grid, strict=True):
+        rows = [row for row in result["rows"] if row["groups"] == count]
+        what = "" if count == 1 else f", {count} prefixes"
+        for axes, other in zip(panels, (PLAIN, PER_REQUEST), strict=True):
+            _draw_speedups(axes, rows, other)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set(title=f"over {other}{what}", xlabel="batch")
+        panels[0].set_ylabel("times as fast (dashed: ceiling)")
+    grid[0][0].legend(frameon=False, title="shared prefix")
     return figure
+
+
+def _draw_speedups(axes: Any, rows: list[dict[str, Any]], other: str) -> None:
+    prefixes = sorted({row["prefix"] for row in rows})
+    for marker, prefix in zip(MARKERS * len(prefixes), prefixes, strict=False):
+        known = [row for row in rows if row["prefix"] == prefix and "speedup" in row["contenders"][other]]
+        batches = [row["batch"] for row in known]
+        speedups = [row["contenders"][other]["speedup"] for row in known]
+        (line,) = axes.plot(batches, speedups, marker=marker, label=f"{prefix:,} tokens")
+        if other == PLAIN:
+            axes.plot(batches, [row["ceiling"] for row in known], linestyle="--", linewidth=1, color=line.get_color())
+    axes.axhline(1.0, color="#000000", linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    _doubling(axes, [row["batch"] for row in rows])
 
 
 def draw_decode(result: dict[str, Any], pyplot: Any) -> Any:

@@ -58,6 +58,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  #
 def measure(
     batches: str,
     prefixes: str,
+    groups: str,
     suffix: int,
     heads: int,
     kv_heads: int,
@@ -68,9 +69,13 @@ def measure(
     model_batches: str,
     model_prefix: int,
 ) -> dict[str, Any]:
-    """Seconds of one layer's attention (medians, taking turns) in every cell of batch x prefix; `model`: also whole."""
+    """Seconds of one layer's attention (medians, taking turns) in every cell of groups x prefix x batch.
+
+    groups: numbers of different prefixes, which rows share evenly. `model`: also of whole models.
+    """
     rows_of_batch = numbers_from("--batch", batches, 1, "1,16")
     lengths = numbers_from("--prefix", prefixes, 1, "64,4096")
+    counts = numbers_from("--groups", groups, 1, "1,2")
     model_rows = numbers_from("--model-batch", model_batches, 1, "1,16")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is not known; use {', '.join(DTYPES)}")
@@ -81,15 +86,23 @@ def measure(
     device = this_device()
     whole_model = load_for_inference(model) if model is not None else None
     shape = Shape(1, 1, suffix, heads, kv_heads, head_dim, getattr(torch, dtype))
+    shapes = [
+        replace(shape, batch=batch, prefix=length, prefixes=count)
+        for count in counts
+        for length in lengths
+        for batch in rows_of_batch
+        if batch >= count
+    ]
+    if not shapes:
+        raise UserError(f"--groups {groups!r}: no --batch of {batches} has that many rows")
     rows = []
-    with Reporter().bar("relay", len(lengths) * len(rows_of_batch), "cells") as advance:
-        for length in lengths:
-            for batch in rows_of_batch:
-                rows.append(_row(replace(shape, batch=batch, prefix=length), repeats, device))
-                advance(1)
-                gc.collect()
+    with Reporter().bar("relay", len(shapes), "cells") as advance:
+        for one in shapes:
+            rows.append(_row(one, repeats, device))
+            advance(1)
+            gc.collect()
     losing = [
-        {"batch": row["batch"], "prefix": row["prefix"], "speedup": row["contenders"][PLAIN]["speedup"]}
+        {**{key: row[key] for key in ("batch", "prefix", "groups")}, "speedup": row["contenders"][PLAIN]["speedup"]}
         for row in rows
         if row["contenders"][PLAIN].get("speedup", 1.0) < LEAST_SPEEDUP
     ]
@@ -100,8 +113,8 @@ def measure(
     options = f" --model {model} --model-batch {model_batches} --model-prefix {model_prefix}" if model else ""
     return {
         "benchmark": "attention over a shared prompt",
-        "command": f"swiftkv bench relay --batch {batches} --prefix {prefixes} --suffix {suffix} --heads {heads} "
-        f"--kv-heads {kv_heads} --head-dim {head_dim} --dtype {dtype} --repeats {repeats}{options}",
+        "command": f"swiftkv bench relay --batch {batches} --prefix {prefixes} --groups {groups} --suffix {suffix} "
+        f"--heads {heads} --kv-heads {kv_heads} --head-dim {head_dim} --dtype {dtype} --repeats {repeats}{options}",
         "environment": environment(torch.empty(0, dtype=shape.dtype, device=device)),
         "suffix": suffix,
         "heads": heads,
@@ -116,14 +129,14 @@ def measure(
             *(whole["summary"] if whole else []),
             *target_lines(targets),
             f"below x {LEAST_SPEEDUP} of plain: "
-            + ("; ".join(f"B={c['batch']} P={c['prefix']} (x {c['speedup']:.2f})" for c in losing) or "no cell"),
+            + ("; ".join(f"{_cell(cell)} (x {cell['speedup']:.2f})" for cell in losing) or "no cell"),
         ],
     }
 
 
 def _row(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     stored = {
-        OURS: shape.prefix + shape.batch * shape.suffix,
+        OURS: shape.shared_tokens,
         PLAIN: shape.batch * (shape.prefix + shape.suffix),
     }
     layers = {name: _layers(shape.key_value_bytes(tokens)) for name, tokens in stored.items()}
@@ -162,6 +175,7 @@ def _row(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     return {
         "batch": shape.batch,
         "prefix": shape.prefix,
+        "groups": shape.prefixes,
         "ceiling": shape.ceiling,
         "shared": shares(tensors[0]),
         "share_of_ceiling": None if speedup is None else speedup / shape.ceiling,
@@ -210,6 +224,7 @@ def _all_of(calls: list[Attention], device: torch.device) -> Callable[[], object
 
 
 def _targets(rows: list[dict[str, Any]], device: torch.device) -> list[Cell]:
+    rows = [row for row in rows if row["groups"] == 1]
     if device.type == "cuda":  # where attention dominates: there is much to gain, and to read
         large = [row for row in rows if row["ceiling"] >= 8 and row["prefix"] >= 4096]
         shares = [row["share_of_ceiling"] for row in large if row["share_of_ceiling"] is not None]
@@ -226,4 +241,9 @@ def _line(row: dict[str, Any]) -> str:
     share = "" if row["share_of_ceiling"] is None else f"; {row['share_of_ceiling']:.0%} of x {row['ceiling']:.2f}"
     cells = {name: cell for name, cell in row["contenders"].items() if cell.get("failed") != "needs a GPU"}
     copied = "" if row["shared"] else "; copied: sharing would not pay"
-    return f"B={row['batch']:<2} P={row['prefix']:<5}: {comparison(cells)}{share}{copied}"
+    return f"{_cell(row)}: {comparison(cells)}{share}{copied}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    groups = "" if row["groups"] == 1 else f" in {row['groups']} groups"
+    return f"B={row['batch']:<2} P={row['prefix']:<5}{groups}"

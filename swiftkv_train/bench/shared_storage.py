@@ -1,20 +1,22 @@
-"""Attention of one decoding step over a prompt that all rows share, several ways, for `swiftkv bench relay`.
+"""Attention of one decoding step over prompts that rows share, several ways, for `swiftkv bench relay`.
 
-    ours           segment_attention: the prefix stored once and read once
-    plain          a copy of the prefix before every row's own tokens; torch's attention
+    ours           segment_attention: a prefix stored once and read once for all rows that begin with it
+    plain          a copy of its prefix before every row's own tokens; torch's attention
     per request    stored once, read for every row: torch's attention over a view that repeats it, merged with that over
                    the row's own tokens by log-sum-exp. What sharing pages of a paged cache comes to
     flashinfer     its cascade (MultiLevelCascadeAttentionWrapper), on GPUs where it is installed
 
 On CPU the R query heads of a K/V head are rows of one product for all of them; torch on GPU does that of itself.
 
-    B rows   H query heads   G K/V heads   C head size   P prefix tokens   S own tokens of a row, the newest among them
+    B rows   M prefixes, rows B / M apart   H query heads   G K/V heads   C head size
+    P tokens of a prefix   S own tokens of a row, the newest among them
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from swiftkv_kernels.attention_partials import merge_outputs
+from swiftkv_kernels.attention_partials import joined, merge_outputs
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
 from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared
 from swiftkv_models.shared_prefix import sharing_pays
@@ -44,11 +46,17 @@ class Shape:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    prefixes: int = 1
+
+    @property
+    def shared_tokens(self) -> int:
+        """Whose K/V are kept where every prefix is kept once."""
+        return self.prefixes * self.prefix + self.batch * self.suffix
 
     @property
     def ceiling(self) -> float:
         """Bytes of K/V that a step reads without sharing over those with it: what relay attention can gain at most."""
-        return self.batch * (self.prefix + self.suffix) / (self.prefix + self.batch * self.suffix)
+        return self.batch * (self.prefix + self.suffix) / self.shared_tokens
 
     def key_value_bytes(self, tokens: int) -> int:
         return 2 * tokens * self.kv_heads * self.head_dim * self.dtype.itemsize
@@ -59,28 +67,30 @@ class LayerTensors:
     """One layer's; random."""
 
     query: Tensor  # [B, H, 1, C]
-    prefix_key: Tensor  # [1, G, P, C]
+    prefix_key: Tensor  # [M, G, P, C]
     prefix_value: Tensor
     key: Tensor  # [B, G, S, C]
     value: Tensor
+    groups: list[int]  # each row's prefix, in order
 
     @classmethod
     def random(cls, shape: Shape, device: torch.device) -> LayerTensors:
         def drawn(rows: int, heads: int, tokens: int) -> Tensor:
             return torch.randn(rows, heads, tokens, shape.head_dim, device=device).to(shape.dtype)
 
-        prefix = [drawn(1, shape.kv_heads, shape.prefix) for _ in range(2)]
-        own = [drawn(shape.batch, shape.kv_heads, shape.suffix) for _ in range(2)]
-        return cls(drawn(shape.batch, shape.heads, 1), *prefix, *own)
+        prefix_key, prefix_value = (drawn(shape.prefixes, shape.kv_heads, shape.prefix) for _ in range(2))
+        key, value = (drawn(shape.batch, shape.kv_heads, shape.suffix) for _ in range(2))
+        groups = [row * shape.prefixes // shape.batch for row in range(shape.batch)]
+        return cls(drawn(shape.batch, shape.heads, 1), prefix_key, prefix_value, key, value, groups)
 
 
 Attention = Callable[[], Tensor]  # -> [B, H, 1, C]
 
 
 def shares(layer: LayerTensors) -> bool:
-    """Whether a `SinkWindowCache` shares the prefix here, or copies it into the rows."""
-    _, kv_heads, prefix, size = layer.prefix_key.shape
-    return sharing_pays([0] * len(layer.key), [prefix], kv_heads * size, layer.key.dtype, layer.key.device)
+    """Whether a `SinkWindowCache` shares the prefixes here, or copies them into the rows."""
+    count, kv_heads, prefix, size = layer.prefix_key.shape
+    return sharing_pays(layer.groups, [prefix] * count, kv_heads * size, layer.key.dtype, layer.key.device)
 
 
 def ours(layer: LayerTensors) -> Attention:
@@ -93,22 +103,22 @@ def ours(layer: LayerTensors) -> Attention:
         if device.type == "cpu":
             return partial(attend_all, layer.query, key, value, layer.query.shape[-1] ** -0.5)
         return partial(segment_attention, layer.query, key, value, None, last, window=suffix, pinned=prefix)
-    if device.type == "cpu":  # where the cache knows that all is visible
+    count = len(layer.prefix_key)
+    if device.type == "cpu" and count == 1:  # where the cache knows that all is visible
         scaling = layer.query.shape[-1] ** -0.5
         own = (layer.query, None, layer.key, layer.value)
         return partial(attend_shared, *own, layer.prefix_key, layer.prefix_value, scaling)
-    lengths = torch.tensor([prefix], dtype=torch.int32, device=device)
-    groups = torch.zeros(batch, dtype=torch.int32, device=device)
+    lengths = torch.full([count], prefix, dtype=torch.int32, device=device)
+    groups = torch.tensor(layer.groups, dtype=torch.int32, device=device)
     segment = PrefixSegment(layer.prefix_key, layer.prefix_value, lengths, groups)
-    tensors = (layer.query, layer.key, layer.value, positions, last)
+    tensors = (layer.query, layer.key, layer.value, None if device.type == "cpu" else positions, last)
     return partial(segment_attention, *tensors, window=suffix, prefix=segment)
 
 
 def with_prefix(layer: LayerTensors) -> tuple[Tensor, Tensor]:
-    """K and V [B, G, P + S, C] of rows that each have a copy of the prefix."""
-    rows = len(layer.key)
-    key = torch.cat([layer.prefix_key.expand(rows, -1, -1, -1), layer.key], dim=2)
-    value = torch.cat([layer.prefix_value.expand(rows, -1, -1, -1), layer.value], dim=2)
+    """K and V [B, G, P + S, C] of rows that each have a copy of their prefix."""
+    key = torch.cat([layer.prefix_key[layer.groups], layer.key], dim=2)
+    value = torch.cat([layer.prefix_value[layer.groups], layer.value], dim=2)
     return key, value
 
 
@@ -122,10 +132,14 @@ def plain(layer: LayerTensors) -> Attention:
 def per_request(layer: LayerTensors) -> Attention:
     (batch, heads, _, size), kv_heads = layer.query.shape, layer.key.shape[1]
     query = layer.query.reshape(batch, kv_heads, heads // kv_heads, size)
-    prefix_key, prefix_value = (tensor.expand(batch, -1, -1, -1) for tensor in (layer.prefix_key, layer.prefix_value))
+    members = [layer.groups.count(group) for group in range(len(layer.prefix_key))]
+    repeated = [  # of each prefix its rows' queries, and K and V for each of these
+        (rows, key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1))
+        for rows, key, value in zip(query.split(members), layer.prefix_key, layer.prefix_value, strict=True)
+    ]
 
     def attend() -> Tensor:
-        of_prefix = attention_with_log_sum_exp(query, prefix_key, prefix_value)
+        of_prefix = joined([attention_with_log_sum_exp(*tensors) for tensors in repeated], dim=0)
         of_own = attention_with_log_sum_exp(query, layer.key, layer.value)
         return merge_outputs(*of_prefix, *of_own).to(query.dtype).reshape(layer.query.shape)
 
@@ -152,14 +166,15 @@ def flashinfer(layer: LayerTensors) -> Attention:
     from flashinfer import MultiLevelCascadeAttentionWrapper
 
     (batch, heads, _, size), (_, kv_heads, suffix, _) = layer.query.shape, layer.key.shape
-    prefix, device = layer.prefix_key.shape[2], layer.key.device
-    shared, own = -(-prefix // PAGE), -(-suffix // PAGE)  # pages
-    pages = torch.zeros(shared + batch * own, 2, PAGE, kv_heads, size, dtype=layer.key.dtype, device=device)
-    for place, (prefix_states, states) in enumerate(((layer.prefix_key, layer.key), (layer.prefix_value, layer.value))):
-        pages[:shared, place].view(-1, kv_heads, size)[:prefix] = prefix_states[0].transpose(0, 1)
-        own_pages = pages[shared:, place].reshape(batch, own * PAGE, kv_heads, size)
-        own_pages[:, :suffix] = states.transpose(1, 2)
-        pages[shared:, place] = own_pages.view(-1, PAGE, kv_heads, size)
+    (count, _, prefix, _), device = layer.prefix_key.shape, layer.key.device
+    shared, own = -(-prefix // PAGE), -(-suffix // PAGE)  # pages of one
+    pages = torch.zeros(count * shared + batch * own, 2, PAGE, kv_heads, size, dtype=layer.key.dtype, device=device)
+    for place, segments in enumerate(((layer.prefix_key, layer.key), (layer.prefix_value, layer.value))):
+        for part, states in zip(pages[:, place].split([count * shared, batch * own]), segments, strict=True):
+            rows, _, tokens, _ = states.shape
+            in_pages = part.new_zeros(rows, len(part) // rows * PAGE, kv_heads, size)
+            in_pages[:, :tokens] = states.transpose(1, 2)
+            part.copy_(in_pages.view(part.shape))
 
     def integers(numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=device)
@@ -168,10 +183,10 @@ def flashinfer(layer: LayerTensors) -> Attention:
         2, torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD"
     )
     wrapper.plan(
-        [integers([0, batch]), integers(range(batch + 1))],
-        [integers([0, shared]), integers(range(0, batch * own + 1, own))],
-        [integers(range(shared)), integers(range(shared, shared + batch * own))],
-        [integers([(prefix - 1) % PAGE + 1]), integers([(suffix - 1) % PAGE + 1] * batch)],
+        [integers([bisect_left(layer.groups, group) for group in range(count + 1)]), integers(range(batch + 1))],
+        [integers(range(0, count * shared + 1, shared)), integers(range(0, batch * own + 1, own))],
+        [integers(range(count * shared)), integers(range(count * shared, len(pages)))],
+        [integers([(prefix - 1) % PAGE + 1] * count), integers([(suffix - 1) % PAGE + 1] * batch)],
         heads,
         kv_heads,
         size,

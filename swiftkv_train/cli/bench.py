@@ -202,10 +202,33 @@ def stream(
     _finish(result, output, as_json, draw_stream)
 
 
+@app.command(
+    "sinks", epilog=example("swiftkv bench sinks models/smollm2-135m --data speeches=data/demo/speeches.test.jsonl")
+)
+def sinks(
+    model: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
+    data: Annotated[str, typer.Option(help="Text whose longest document is read: NAME=PATH.")],
+    kept: Annotated[str, typer.Option(help="Tokens kept, the sinks among them, separated by commas.")] = "128,1024",
+    sinks: Annotated[str, typer.Option(help="First tokens that are kept for ever, separated by commas.")] = "0,1,2,4,8",
+    tokens: Annotated[int, typer.Option(min=1, help="Of the text, at most.")] = 20_000,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at a time.")] = 128,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity along a text longer than the window: sinks + window against no sinks, and against a dense cache."""
+    from swiftkv_train.bench.plots import draw_sinks
+    from swiftkv_train.bench.sinks import measure
+
+    _finish(measure(model, data, kept, sinks, tokens, chunk), output, as_json, draw_sinks)
+
+
 @app.command("relay", epilog=example("swiftkv bench relay --batch 1,16 --prefix 1024,4096"))
 def relay(
     batch: Annotated[str, typer.Option(help="Rows that share the prefix, separated by commas.")] = "1,2,4,8,16,32,64",
     prefix: Annotated[str, typer.Option(help="Its tokens, separated by commas.")] = "64,256,1024,4096,16384",
+    groups: Annotated[
+        str, typer.Option(help="Numbers of different prefixes, which rows share evenly, separated by commas.")
+    ] = "1,4",
     suffix: Annotated[int, typer.Option(min=1, help="Tokens of its own that every row has.")] = 128,
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
     kv_heads: Annotated[int, typer.Option(min=1, help="K/V heads.")] = 3,
@@ -221,11 +244,12 @@ def relay(
     output: OutputOption = None,
     as_json: Json = False,
 ) -> None:
-    """Attention over a shared prompt against copies of it and against reading it for each request."""
+    """Attention over shared prompts against copies of them and against reading them for each request."""
     from swiftkv_train.bench.plots import draw_relay
     from swiftkv_train.bench.relay import measure
 
-    result = measure(batch, prefix, suffix, heads, kv_heads, head_dim, dtype, repeats, model, model_batch, model_prefix)
+    shape = (suffix, heads, kv_heads, head_dim, dtype)
+    result = measure(batch, prefix, groups, *shape, repeats, model, model_batch, model_prefix)
     _finish(result, output, as_json, draw_relay)
 
 

@@ -1,6 +1,7 @@
 """Kernels are made on first use, whichever thread that is in; which products a device has."""
 
 import platform
+import re
 import sys
 import threading
 import time
@@ -79,3 +80,12 @@ def test_without_what_triton_builds_with_torch_runs_instead(monkeypatch, tmp_pat
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == (lacking in ("compiler", "headers"))
     assert all("triton's kernels need" in text and "torch run instead" in text for text in said)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="where the system tells what the processor has")
+@pytest.mark.parametrize("feature", ["avx2", "avx512_bf16", "amx_tile"])
+def test_what_the_processor_has_is_seen(feature):
+    if not hasattr(torch.cpu, f"_is_{feature}_supported"):
+        pytest.skip("this torch does not tell")
+    flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    assert backends.cpu_supports(feature) == any(feature in line.split() for line in flags)

@@ -89,7 +89,7 @@ def test_cpu_without_the_private_operator(monkeypatch, dtype, how):
 def test_rows_are_filled_up_where_the_cpu_has_amx(monkeypatch, feature, dtype):
     """A few bf16 ones over a long prefix."""
     for module in (torch_path, attention_partials):
-        monkeypatch.setattr(module, "supported", lambda asked: asked == feature)
+        monkeypatch.setattr(module, "cpu_supports", lambda asked: asked == feature)
     case = make(11, 1, 9, 1100, prefixes=1, ratio=4, dtype=dtype)
     case.options["prefix"].groups.zero_()
     case.options["prefix"].lengths.fill_(1100)
@@ -146,7 +146,7 @@ def test_one_prefix_that_all_rows_see(monkeypatch, dtype, shape, operator):
 def test_query_heads_together_or_one_by_one(monkeypatch, dtype, feature, ratio):
     """With a padding mask too, as transformers' caches ask."""
     for module in (torch_path, attention_partials):
-        monkeypatch.setattr(module, "supported", lambda asked: asked == feature)
+        monkeypatch.setattr(module, "cpu_supports", lambda asked: asked == feature)
     case = make(3, 1, 40, ratio=ratio, prefixes=0, dtype=dtype)
     (query, key, value, held, asked), _ = case
     asked.fill_(40)

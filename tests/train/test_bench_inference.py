@@ -1,7 +1,10 @@
 """The inference benchmarks: what they compare with is right, and each runs on the debug model in seconds."""
 
 import importlib
+import json
 import statistics
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from swiftkv_models import rewrite, segment_cache
 from swiftkv_models.segment_cache import SinkWindowCache
 from swiftkv_train.bench import baselines, kv_memory, relay, relay_model, rerotate, shared_storage, stream
-from swiftkv_train.loading import load_model
+from swiftkv_train.loading import load_model, load_tokenizer
 
 WINDOW, SINKS = 16, 4
 
@@ -54,11 +57,16 @@ def check_contenders(cells, ours, repeats):
     return ran
 
 
-@torch.no_grad()
-def test_re_rotating_and_ours_follow_the_rule_of_the_paper(model, random_ids, monkeypatch):
+@pytest.fixture
+def naive_streaming(monkeypatch):
+    """Logits [N, V] in fp64."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "models")
-    naive = importlib.import_module("naive_streaming")  # fp64
-    wanted = naive.naive_streaming_logits(model, random_ids[0], WINDOW, SINKS)[11:]
+    return importlib.import_module("naive_streaming").naive_streaming_logits
+
+
+@torch.no_grad()
+def test_re_rotating_and_ours_follow_the_rule_of_the_paper(model, random_ids, naive_streaming):
+    wanted = naive_streaming(model, random_ids[0], WINDOW, SINKS)[11:]
     for way in (rerotate.ReRotate, rerotate.ReRotatePublished, baselines.Ours):
         streaming = way(model, window=WINDOW, attention_sinks=SINKS)
         parts = [random_ids[:, :12], *random_ids[:, 12:].split(1, dim=1)]
@@ -126,12 +134,15 @@ def test_bytes_of_a_step_that_replaces_what_it_holds(base, random_ids):
     assert dense.held_bytes + states < peak < dense.held_bytes + 1.5 * states
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_every_way_over_a_shared_prompt_is_attention_over_all_of_it(batch):
-    shape = shared_storage.Shape(batch, 37, 5, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("batch", "count", "groups"), [(1, 1, [0]), (3, 1, [0, 0, 0]), (5, 2, [0, 0, 0, 1, 1])])
+def test_every_way_over_a_shared_prompt_is_attention_over_all_of_it(batch, count, groups, shared, monkeypatch):
+    monkeypatch.setattr(shared_storage, "sharing_pays", lambda *_: shared)
+    shape = shared_storage.Shape(batch, 37, 5, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32, prefixes=count)
     layer = shared_storage.LayerTensors.random(shape, torch.device("cpu"))
+    assert layer.groups == groups
     keys, values = (
-        torch.cat([prefix.expand(batch, -1, -1, -1), own], dim=2).double().repeat_interleave(3, dim=1)
+        torch.cat([torch.stack([prefix[group] for group in groups]), own], dim=2).double().repeat_interleave(3, dim=1)
         for prefix, own in ((layer.prefix_key, layer.key), (layer.prefix_value, layer.value))
     )
     scores = layer.query.double() @ keys.transpose(2, 3) / 4
@@ -142,7 +153,7 @@ def test_every_way_over_a_shared_prompt_is_attention_over_all_of_it(batch):
     _, found = shared_storage.attention_with_log_sum_exp(layer.query.view(batch, 2, 3, 16), layer.key, layer.value)
     wanted = scores[..., 37:].logsumexp(-1).view(batch, 2, 3)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
-    assert shape.ceiling == pytest.approx(batch * 42 / (37 + 5 * batch))
+    assert shape.ceiling == pytest.approx(batch * 42 / (37 * count + 5 * batch))
 
 
 @torch.no_grad()
@@ -221,17 +232,23 @@ def test_targets_are_of_the_worst_length():
 def test_relay(result_of, monkeypatch):
     monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)  # of so small a model it would not
     model = ["--model", "models/debug", "--model-batch", "1,3", "--model-prefix", "48"]
-    result = result_of("relay", "--batch", "1,4", "--prefix", "64,16", "--suffix", "8", "--repeats", "3", *model)
-    assert [(row["prefix"], row["batch"]) for row in result["rows"]] == [(16, 1), (16, 4), (64, 1), (64, 4)]
+    sizes = ["--batch", "1,4", "--prefix", "64,16", "--groups", "1,2", "--suffix", "8"]
+    result = result_of("relay", *sizes, "--repeats", "3", *model)
+    assert [(row["groups"], row["prefix"], row["batch"]) for row in result["rows"]] == [
+        *((1, prefix, batch) for prefix in (16, 64) for batch in (1, 4)),
+        *((2, prefix, 4) for prefix in (16, 64)),
+    ]
     for row in result["rows"]:
         cells = row["contenders"]
         assert check_contenders(cells, "ours", 3) == ["ours", "plain", "per request"]
         assert row["share_of_ceiling"] == cells["plain"]["speedup"] / row["ceiling"]
         if not torch.cuda.is_available():
             assert cells["flashinfer"]["failed"] == "needs a GPU"
-    losing = {(cell["batch"], cell["prefix"]) for cell in result["slower_than_plain"]}
+    losing = {(cell["batch"], cell["prefix"], cell["groups"]) for cell in result["slower_than_plain"]}
     assert losing == {
-        (row["batch"], row["prefix"]) for row in result["rows"] if row["contenders"]["plain"]["speedup"] < 0.95
+        (row["batch"], row["prefix"], row["groups"])
+        for row in result["rows"]
+        if row["contenders"]["plain"]["speedup"] < 0.95
     }
     for row in result["end_to_end"]["rows"]:
         for figure, repeats in (("first_token", 3), ("token", 16)):
@@ -250,6 +267,71 @@ def test_a_way_that_is_wrong_counts_as_failed(monkeypatch):
     assert "its output is" in row["contenders"]["per request"]["failed"]
     assert "speedup" in row["contenders"]["plain"]
     assert "per request not measured" in relay._line(row)
+
+
+class Cascade:
+    """FlashInfer's wrapper as it documents itself, in plain torch: a query attends to its pages of every level."""
+
+    def __init__(self, levels, workspace, layout):
+        assert (levels, layout) == (2, "NHD")
+
+    def plan(self, queries, page_bounds, page_indices, last_tokens, heads, kv_heads, size, page, *, sm_scale, **_):
+        assert sm_scale == size**-0.5
+        self.levels = list(zip(queries, page_bounds, page_indices, last_tokens, strict=True))
+        self.page, self.ratio = page, heads // kv_heads
+
+    def run(self, query, pages):
+        def tokens_of(row, place):
+            parts = []
+            for queries, bounds, indices, last in self.levels:
+                group = int((queries <= row).sum()) - 1
+                chosen = indices[bounds[group] : bounds[group + 1]].long()
+                held = (len(chosen) - 1) * self.page + int(last[group])
+                parts.append(pages[chosen, place].flatten(0, 1)[:held])
+            return torch.cat(parts).transpose(0, 1).repeat_interleave(self.ratio, dim=0)
+
+        rows = [(row[:, None], tokens_of(index, 0), tokens_of(index, 1)) for index, row in enumerate(query)]
+        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*row).transpose(0, 1) for row in rows])
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [(32, 16), (37, 5), (7, 40)])
+@pytest.mark.parametrize(("batch", "count"), [(3, 1), (5, 2)])
+def test_flashinfer_is_given_the_same_keys_and_values(prefix, suffix, batch, count, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(MultiLevelCascadeAttentionWrapper=Cascade))
+    shape = shared_storage.Shape(batch, prefix, suffix, 6, 2, 16, torch.float32, prefixes=count)
+    layer = shared_storage.LayerTensors.random(shape, torch.device("cpu"))
+    torch.testing.assert_close(shared_storage.flashinfer(layer)(), shared_storage.plain(layer)(), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_sinks(result_of, naive_streaming):
+    """Against a plain forward, and against the paper's rule in fp64."""
+    config = Path("models/debug/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 100}))
+    rows = [json.loads(line)["text"] for line in Path("data/debug/prose.train.jsonl").read_text().splitlines()]
+    texts = (rows[0], " ".join(rows[:20]))
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--data", "prose=texts.jsonl", "--kept", "16,24", "--sinks", "2,0", "--tokens", "150", "--chunk", "40"]
+    result = result_of("sinks", "models/debug", *options)
+    dense, *others = result["rows"]
+    assert [(row["kept"], row["sinks"]) for row in others] == [(16, 0), (16, 2), (24, 0), (24, 2)]
+    assert (result["tokens"], result["scored_from"], result["trained_length"]) == (150, 24, 100)
+
+    model = load_model("models/debug", dtype="float32")
+    ids = load_tokenizer("models/debug")(texts[1], return_tensors="pt").input_ids[:, :150]
+    found = {(row["kept"], row["sinks"]): row for row in others} | {None: dense}
+    logits = {key: naive_streaming(model, ids[0], key[0] - key[1], key[1]) for key in found if key is not None}
+    logits[None] = model(ids, use_cache=False).logits[0]
+    for key, row in found.items():
+        losses = torch.nn.functional.cross_entropy(logits[key][:-1].double(), ids[0, 1:], reduction="none")
+        # fp32, in which logits are right to 1e-4.
+        assert row["perplexity"] == pytest.approx(float(losses[23:99].mean().exp()), rel=1e-3)
+        assert row["perplexity_beyond"] == pytest.approx(float(losses[99:].mean().exp()), rel=1e-3)
+        assert row["points"][-1]["tokens"] == 150
+        pieces = losses.split(4)
+        assert [point["perplexity"] for point in row["points"]] == pytest.approx(
+            [float(piece.mean().exp()) for piece in pieces], rel=2e-3
+        )
 
 
 def test_decode(result_of):
@@ -326,6 +408,16 @@ def test_quality_of_a_storage_format_is_what_decoding_with_it_has(model, random_
             "--long 704 must be more than 11 chunks",
         ),
         (["kv-memory", "models/debug", "--data", "x=a", "--data", "x=b"], "--data names 'x' twice"),
+        (["sinks", "models/debug", "--data", "prose"], "--data 'prose' must look like NAME=PATH"),
+        (
+            ["sinks", "models/debug", "--data", "prose=data/debug/prose.held_out.jsonl", "--kept", "4", "--sinks", "4"],
+            "--kept 4 must be more than --sinks 4",
+        ),
+        (
+            ["sinks", "models/debug", "--data", "prose=data/debug/prose.held_out.jsonl", "--tokens", "32"],
+            "its longest document, cut to --tokens, has 32 of at least 1065 tokens",
+        ),
+        (["relay", "--batch", "1,2", "--groups", "4"], "no --batch of 1,2 has that many rows"),
         (["stream", "models/debug", "--contenders", "dense,paged"], "'paged' is not known; use ours, re-rotate"),
         (["stream", "absent/model", "--windows", "16"], "model absent/model"),
         (["relay", "--batch", "1,x"], "--batch '1,x' must look like"),
