@@ -35,7 +35,7 @@ from swiftkv_models.segment_layer import (
     knows_segments,
     use_segment_attention,
 )
-from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, form_of, sharing_pays
+from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, check_form, form_of, sharing_pays
 
 MAX_TURNED_SINKS = 64
 MAX_TOKENS = 2**31 - 1  # positions are int32
@@ -147,20 +147,12 @@ class SinkWindowCache(Cache):
         use_segment_attention(config)
 
     def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-        if input_ids is None:
-            raise ValueError("prefixes go with input_ids: which rows begin with one is decided by their token ids")
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
-            raise ValueError("input_ids must be a tensor [B, T]")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids")
-        if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
-            raise ValueError("prefixes go with padding on the left alone: attention_mask must be zeros, then ones")
-        form = form_of(self.config)
         for prefix in self.prefixes:
-            _check_form(prefix, form, len(self.segments))
-        shortest = min(len(prefix) for prefix in self.prefixes)
-        if shortest < self.attention_sinks:
-            raise ValueError(f"a prefix of {shortest} tokens cannot stand for {self.attention_sinks} attention_sinks")
+            check_form(prefix, form_of(self.config), len(self.segments))
+            if len(prefix) < self.attention_sinks:
+                raise ValueError(
+                    f"a prefix of {len(prefix)} tokens cannot stand for {self.attention_sinks} attention_sinks"
+                )
         groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
         self.columns = self.first_column
         used, groups = groups.unique(return_inverse=True)  # others need not be held
@@ -472,26 +464,6 @@ class SinkWindowCache(Cache):
         raise ValueError("the rows of a SinkWindowCache do not change; make one for as many rows as there will be")
 
     batch_select_indices = batch_repeat_interleave
-
-
-def _check_form(prefix: SharedPrefix, form: dict[str, Any], layers: int) -> None:
-    """Raises ValueError unless a model of this `form`, which caches that many layers, may read the prefix."""
-    if len(prefix.keys) != layers:
-        raise ValueError(
-            f"a prefix holds K/V of {len(prefix.keys)} layers, this model caches {layers}; make it with this model"
-        )
-    heads, size = prefix.keys[0].shape[0], prefix.keys[0].shape[2]
-    if (heads, size) != (form["num_key_value_heads"], form["head_dim"]):
-        raise ValueError(
-            f"a prefix has K/V of {heads} heads of {size}, this model of {form['num_key_value_heads']} of "
-            f"{form['head_dim']}; make it with this model"
-        )
-    for name, value in (getattr(prefix, "form", None) or {}).items():  # another copy of this code may leave it out
-        if form.get(name) != value:
-            raise ValueError(
-                f"a prefix was made by a model with {name} {value}, this one has {form.get(name)}; make it with this "
-                "model"
-            )
 
 
 def readable_for_free(tensor: torch.Tensor) -> bool:

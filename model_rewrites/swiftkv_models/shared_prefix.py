@@ -98,8 +98,28 @@ def form_of(config: Any) -> dict[str, Any]:
     return form | {"head_dim": form["head_dim"] or config.hidden_size // config.num_attention_heads}
 
 
+def check_form(prefix: SharedPrefix, form: dict[str, Any], layers: int) -> None:
+    """Raises ValueError unless a model of this `form`, which caches that many layers, may read the prefix."""
+    if len(prefix.keys) != layers:
+        raise ValueError(
+            f"a prefix holds K/V of {len(prefix.keys)} layers, this model caches {layers}; make it with this model"
+        )
+    heads, size = prefix.keys[0].shape[0], prefix.keys[0].shape[2]
+    if (heads, size) != (form["num_key_value_heads"], form["head_dim"]):
+        raise ValueError(
+            f"a prefix has K/V of {heads} heads of {size}, this model of {form['num_key_value_heads']} of "
+            f"{form['head_dim']}; make it with this model"
+        )
+    for name, value in (getattr(prefix, "form", None) or {}).items():  # another copy of this code may leave it out
+        if form.get(name) != value:
+            raise ValueError(
+                f"a prefix was made by a model with {name} {value}, this one has {form.get(name)}; make it with this "
+                "model"
+            )
+
+
 def assign_prefixes(
-    prefixes: Sequence[SharedPrefix], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    prefixes: Sequence[SharedPrefix], input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, int]:
     """Each row's prefix, and how many columns of the rows lie in padding or prefixes in every row.
 
@@ -107,7 +127,18 @@ def assign_prefixes(
 
     Returns:
         groups [B] int32, index into `prefixes` or -1; number of leading columns of `input_ids` that need not be run.
+
+    Raises:
+        ValueError: input_ids are missing or no [B, T], the mask is of another shape, or padding is not on the left.
     """
+    if input_ids is None:
+        raise ValueError("prefixes go with input_ids: which rows begin with one is decided by their token ids")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+        raise ValueError("input_ids must be a tensor [B, T]")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids")
+    if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        raise ValueError("prefixes go with padding on the left alone: attention_mask must be zeros, then ones")
     rows = input_ids.tolist()
     masks = [[True] * len(row) for row in rows] if attention_mask is None else attention_mask.bool().tolist()
     groups, columns = [], []
