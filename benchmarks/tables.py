@@ -173,9 +173,11 @@ def decode_rows(file: str, decode: dict[str, Any]) -> list[str]:
 def long_stream_rows(result: dict[str, Any]) -> list[str]:
     long = result["long"]
     cache = f"one cache of {long['sinks']} + {long['window']:,}"
-    what = f"{long['tokens']:,} tokens through {cache}, {long['chunk']} at a time"
-    change = f"{long['seconds_slope']:+.1%}; {long['memory_growth_bytes'] / 2**20:+,.1f} MiB"
-    return [f"| {what}: change over them of a token's time; of memory | {change} | – | – | `stream_long.json` |"]
+    what = f"{long['tokens']:,} tokens through {cache}: change over them of a token's time"
+    what += f" ({long['chunk']} at a time; one by one); of memory"
+    times = f"{long['seconds_slope']:+.1%}; {long['seconds_of_one_slope']:+.1%}"
+    change = f"{times}; {long['memory_growth_bytes'] / 2**20:+,.1f} MiB"
+    return [f"| {what} | {change} | – | – | `stream_long.json` |"]
 
 
 def kv_memory_rows(memory: dict[str, Any]) -> list[str]:

@@ -84,14 +84,16 @@ def draw_stream(result: dict[str, Any], pyplot: Any) -> Any:
 
 def _draw_long(long: dict[str, Any], seconds: Any, memory: Any) -> None:
     tokens = [point["tokens"] for point in long["points"]]
-    for axes, label, values in (
-        (seconds, "ms a token", [point["seconds_per_token"] * 1e3 for point in long["points"]]),
-        (memory, "resident MiB of the process", [point["resident_bytes"] / 2**20 for point in long["points"]]),
-    ):
-        axes.plot(tokens, values, color=COLOURS["ours"])
-        axes.set(ylabel=label, ylim=(0, 1.3 * max(values)))
+    resident = [point["resident_bytes"] / 2**20 for point in long["points"]]
+    for label, figure in ((f"{long['chunk']} at a time", "seconds_per_token"), ("one by one", "seconds_of_one")):
+        seconds.plot(tokens, [point[figure] * 1e3 for point in long["points"]], label=label)
+    seconds.set(ylabel="ms a token", title=f"window {long['window']:,}", yscale="log")
+    seconds.yaxis.set_major_formatter("{x:g}")
+    seconds.legend(frameon=False)
+    memory.plot(tokens, resident, color=COLOURS["ours"])
+    memory.set(ylabel="resident MiB of the process", ylim=(0, 1.3 * max(resident)))
+    for axes in (seconds, memory):
         axes.locator_params(axis="x", nbins=4)
-    seconds.set_title(f"window {long['window']:,}, {long['chunk']} at a time")
     memory.set_xlabel("tokens so far")
 
 

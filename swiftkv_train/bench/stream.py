@@ -47,6 +47,7 @@ TARGETS = {
 TARGET_WINDOWS = (1024, 4096)
 LENGTHS = 4  # of the stream at which a token is timed: tokens, and half of that, ...
 POINTS = 100  # of a long run
+STEPS = 8  # tokens one by one, before the chunks of every point
 FIRST_POINTS = 10  # of them, in which the window and the allocator's pools fill: left out of its trend
 
 
@@ -67,8 +68,11 @@ def measure(
             raise UserError(
                 f"{option} {length} must be more than the {sinks + largest} of sinks and window: only then is it full"
             )
-    if long and long <= (FIRST_POINTS + 1) * chunk:
-        raise UserError(f"--long {long} must be more than {FIRST_POINTS + 1} chunks of {chunk}: a trend takes points")
+    least = (FIRST_POINTS + 2) * (chunk + STEPS)
+    if long and long < least:
+        raise UserError(
+            f"--long {long} must be at least {least}: a trend takes points, of {chunk} + {STEPS} tokens each"
+        )
     model = load_for_inference(path)
     rows, attention = [], []
     with Reporter().bar("stream", len(sizes) * LENGTHS, "lengths") as advance:
@@ -168,26 +172,33 @@ def _attention(streams: dict[str, Stream], repeats: int) -> dict[str, Any]:
 
 
 def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dict[str, Any]:
-    """Ours alone, fed chunks from the first token to the last."""
+    """Ours alone, fed chunks from the first token to the last, and now and then a token by itself."""
     use_exact_positions(model)
     stream = Ours(model, window=window, attention_sinks=sinks)
     ids = torch.randint(0, model.config.vocab_size, (1, chunk), device=model.device)
     synchronize(model.device)
     points: list[dict[str, float]] = []
-    fed, started, seconds = 0, time.perf_counter(), []
+    fed, started = 0, time.perf_counter()
+
+    def feed(size: int) -> float:
+        nonlocal fed
+        fed += size
+        advance(size)
+        return seconds_of(lambda: stream.feed(ids[:, :size]), model.device) / size
+
     with Reporter().bar("long", tokens, "tokens") as advance:
         while fed < tokens:
-            part = ids[:, : tokens - fed]
-            size = part.shape[1]
-            seconds.append(seconds_of(lambda: stream.feed(part), model.device) / size)  # noqa: B023
-            fed += size
-            advance(size)
-            if fed * POINTS >= tokens * (len(points) + 1):
-                resident = _resident_bytes(model.device)
-                points.append(
-                    {"tokens": fed, "seconds_per_token": statistics.median(seconds), "resident_bytes": resident}
-                )
-                seconds = []
+            one_by_one, in_chunks = [feed(1) for _ in range(STEPS)], [feed(chunk)]
+            while fed * POINTS < tokens * (len(points) + 1):
+                in_chunks.append(feed(chunk))
+            points.append(
+                {
+                    "tokens": fed,
+                    "seconds_per_token": statistics.median(in_chunks),
+                    "seconds_of_one": statistics.median(one_by_one),
+                    "resident_bytes": _resident_bytes(model.device),
+                }
+            )
     full = points[FIRST_POINTS:]
     return {
         "window": window,
@@ -198,7 +209,9 @@ def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dic
         "held_bytes": stream.held_bytes,
         "points": points,
         "seconds_per_token": statistics.median(point["seconds_per_token"] for point in full),
+        "seconds_of_one": statistics.median(point["seconds_of_one"] for point in full),
         **_trend("seconds", [point["seconds_per_token"] for point in full]),
+        **_trend("seconds_of_one", [point["seconds_of_one"] for point in full]),
         **_trend("memory", [point["resident_bytes"] for point in full]),
         "memory_growth_bytes": full[-1]["resident_bytes"] - full[0]["resident_bytes"],
     }
@@ -253,6 +266,7 @@ def _long_line(long: dict[str, Any]) -> str:
     return (
         f"window {long['window']:,} over {long['tokens']:,} tokens, {long['chunk']} at a time: "
         f"{long['seconds_per_token'] * 1e3:.3g} ms a token, {long['seconds_slope']:+.1%} over the run (one point up to "
-        f"{long['seconds_deviation']:.1%} off); resident memory {long['memory_growth_bytes'] / 2**20:+,.1f} MiB "
+        f"{long['seconds_deviation']:.1%} off), {long['seconds_of_one'] * 1e3:.3g} ms by itself, "
+        f"{long['seconds_of_one_slope']:+.1%}; resident memory {long['memory_growth_bytes'] / 2**20:+,.1f} MiB "
         f"({long['memory_slope']:+.2%}), cache {long['held_bytes'] / 2**20:,.1f} MiB"
     )

@@ -198,9 +198,11 @@ def test_stream(result_of):
     assert result["targets"] == []  # they are for other windows
 
     long = result["long"]
-    assert long["points"][-1]["tokens"] == long["tokens"] == 1000
+    assert long["tokens"] == 1000 <= long["points"][-1]["tokens"] < 1000 + 8 + 16
     assert long["held_bytes"] == held[0]
-    assert all(point["seconds_per_token"] > 0 and point["resident_bytes"] > 2**20 for point in long["points"])
+    for point in long["points"]:
+        assert min(point["seconds_per_token"], point["seconds_of_one"]) > 0
+        assert point["resident_bytes"] > 2**20
     assert long["memory_growth_bytes"] < 2**24
 
 
@@ -404,8 +406,8 @@ def test_quality_of_a_storage_format_is_what_decoding_with_it_has(model, random_
         (["stream", "models/debug", "--windows", "64", "--tokens", "68"], "--tokens 68 must be more than the 68"),
         (["stream", "models/debug", "--windows", "64", "--long", "60"], "--long 60 must be more than the 68"),
         (
-            ["stream", "models/debug", "--windows", "64", "--long", "704"],
-            "--long 704 must be more than 11 chunks",
+            ["stream", "models/debug", "--windows", "64", "--long", "863"],
+            "--long 863 must be at least 864: a trend takes points, of 64 + 8 tokens",
         ),
         (["kv-memory", "models/debug", "--data", "x=a", "--data", "x=b"], "--data names 'x' twice"),
         (["sinks", "models/debug", "--data", "prose"], "--data 'prose' must look like NAME=PATH"),
