@@ -23,8 +23,12 @@ def where(result: dict[str, Any]) -> str:
     facts = result["environment"]
     dtype = [facts["dtype"]] if "dtype" in facts else []  # a file may hold figures of several, or of none
     versions = [f"torch {facts['torch']}", f"transformers {facts['transformers']}"]
-    instructions = f" ({facts['instructions']})" if "instructions" in facts else ""  # which early files lack
-    return ", ".join([facts["device"] + instructions, f"{facts['threads']} threads", *dtype, *versions, facts["date"]])
+    return ", ".join([named(facts), f"{facts['threads']} threads", *dtype, *versions, facts["date"]])
+
+
+def named(facts: dict[str, Any]) -> str:
+    """A processor, with its instructions, which early files lack."""
+    return facts["device"] + (f" ({facts['instructions']})" if "instructions" in facts else "")
 
 
 def report_of(name: str, *, speed: bool) -> str:
@@ -112,10 +116,10 @@ def compared(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return milliseconds(first), names, times, "; ".join(f"{cell['speedup']:.2f}" for _, cell in others)
 
 
-def stream_rows(file: str, stream: dict[str, Any]) -> list[str]:
+def stream_rows(file: str, stream: dict[str, Any], few: bool) -> list[str]:
     """Of every window the longest stream, at which all were measured."""
     model = "base model" if stream["model_type"] == "llama" else "SwiftKV"
-    longest = {row["window"]: row for row in stream["rows"]}
+    longest = {row["window"]: row for row in stream["rows"] if row["window"] == 1024 or not few}
     lines = []
     for window, row in longest.items():
         what = f"{processor(stream)}: a token of a stream, {model}, window {row['sinks']} + {window:,}"
@@ -144,33 +148,55 @@ def stream_targets() -> str:
     return "\n".join(lines)
 
 
+def sinks() -> str:
+    """Perplexity up to the trained length / beyond it, by tokens kept and by sinks."""
+    results = {name: load(name) for name in ("sinks_base.json", "sinks.json")}
+    numbers = sorted({row["sinks"] for row in next(iter(results.values()))["rows"] if row["kept"]})
+    columns = ["file", "kept", *(f"{number} sinks" for number in numbers), "dense"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+    def cell(row: dict[str, Any]) -> str:
+        values = (row["perplexity"], row["perplexity_beyond"])
+        return " / ".join("–" if value is None else f"{value:,.1f}" for value in values)
+
+    for name, result in results.items():
+        cells = {(row["kept"], row["sinks"]): cell(row) for row in result["rows"]}
+        for kept in sorted({kept for kept, _ in cells if kept}):
+            found = [cells.get((kept, number), "not measured") for number in numbers]
+            lines.append(f"| `{name}` | {kept:,} | {' | '.join(found)} | {cells[None, None]} |")
+    return "\n".join([*lines, "", origin(results)])
+
+
 def processor(result: dict[str, Any]) -> str:
-    return result["environment"]["device"].replace("(R)", "").replace(" Processor", "")
+    return named(result["environment"]).replace("(R)", "").replace(" Processor", "")
 
 
-def relay_rows(relay: dict[str, Any]) -> list[str]:
+def relay_rows(file: str, relay: dict[str, Any], few: bool) -> list[str]:
+    batches, lengths = ((16,), (4096,)) if few else ((1, 4, 16, 64), (64, 1024, 4096))
     lines = []
     for row in relay["rows"]:
-        if row["batch"] in (1, 4, 16) and row["prefix"] in (64, 4096):
+        if row["batch"] in batches and row["prefix"] in lengths:
+            groups = row.get("groups", 1)  # which early files lack
+            over = f"{'a shared prefix' if groups == 1 else f'{groups} shared prefixes'} of {row['prefix']:,} tokens"
             how = "" if row["shared"] else " (copied: sharing would not pay)"
-            what = f"attention, batch {row['batch']}, over a shared prefix of {row['prefix']:,} tokens{how}"
-            lines += against(row, what, "relay.json")
+            what = f"{processor(relay)}: attention, batch {row['batch']}, over {over}{how}"
+            lines += against(row, what, file)
     return lines
 
 
-def decode_rows(file: str, decode: dict[str, Any]) -> list[str]:
-    """The corners."""
+def decode_rows(file: str, decode: dict[str, Any], few: bool) -> list[str]:
+    """The corners, or those of the longest context."""
     lines = []
-    batches, contexts = ([row[key] for row in decode["rows"]] for key in ("batch", "context"))
+    batches, contexts = (sorted({row[key] for row in decode["rows"]}) for key in ("batch", "context"))
     for row in decode["rows"]:
-        if row["batch"] in (min(batches), max(batches)) and row["context"] in (min(contexts), max(contexts)):
+        if row["batch"] in (batches[0], batches[-1]) and row["context"] in (contexts[-1], contexts[-1 if few else 0]):
             base, names, ours, ratios = compared(row)
             what = f"{processor(decode)}: a generated token, batch {row['batch']}, context {row['context']:,}"
             lines.append(f"| {what}: {names}, against base | {ours} | {base} | {ratios} | `{file}` |")
     return lines
 
 
-def long_stream_rows(result: dict[str, Any]) -> list[str]:
+def long_stream_rows(result: dict[str, Any], few: bool) -> list[str]:
     long = result["long"]
     cache = f"one cache of {long['sinks']} + {long['window']:,}"
     what = f"{long['tokens']:,} tokens through {cache}: change over them of a token's time"
@@ -180,7 +206,7 @@ def long_stream_rows(result: dict[str, Any]) -> list[str]:
     return [f"| {what} | {change} | – | – | `stream_long.json` |"]
 
 
-def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
+def kv_memory_rows(memory: dict[str, Any], few: bool) -> list[str]:
     def form(row: dict[str, Any]) -> str:
         first, layers = row["num_key_value_layers"], row["num_hidden_layers"]
         model = "base" if first == layers else f"l = {first} of {layers}, g = {row['key_value_group_size']}"
@@ -190,14 +216,17 @@ def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
         f"| K/V bytes per token, {form(row)}, against the base | {row['bytes_per_token']:,.0f} "
         f"| {row['base_bytes_per_token']:,.0f} | {row['ratio']:.3f} | `kv_memory.json` |"
         for row in memory["rows"]
+        if not few or (row["num_key_value_layers"] < row["num_hidden_layers"] and row["quantization"] != "fp8")
     ]
     for row in memory["quality"]:
+        if few and (row["key_value_group_size"] != 1 or row["quantization"] == "fp8" or row["model"] == "base"):
+            continue
         lines.append(
             f"| perplexity on {row['source']}, {form(row)}, against K/V as they are (KL {row['kl']:.1e}) "
             f"| {row['quantised_perplexity']:.2f} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.4f} "
             "| `kv_memory.json` |"
         )
-    for row in memory["quality_against_base"]:
+    for row in memory["quality_against_base"] if not few else ():
         lines.append(
             f"| perplexity on {row['source']}, {form(row)}, calibrated alone, against the base (KL {row['kl']:.3f}) "
             f"| {row['quantised_perplexity']:.2f} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.3f} "
@@ -207,20 +236,21 @@ def kv_memory_rows(memory: dict[str, Any]) -> list[str]:
 
 
 STREAMS = ("stream.json", "stream_amd.json", "stream_base.json", "stream_base_amd.json")
-INFERENCE: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+INFERENCE: dict[str, Callable[[dict[str, Any], bool], list[str]]] = {
     **{file: partial(stream_rows, file) for file in STREAMS},
     "stream_long.json": long_stream_rows,
-    "relay.json": relay_rows,
+    **{file: partial(relay_rows, file) for file in ("relay.json", "relay_avx2.json")},
     **{file: partial(decode_rows, file) for file in ("decode.json", "decode_amd.json")},
     "kv_memory.json": kv_memory_rows,
 }
 
 
-def inference() -> str:
+def inference(*, few: bool) -> str:
+    """`few`: what a reader asks for first."""
     results = {name: load(name) for name in INFERENCE if (FOLDER / name).exists()}
     lines = ["| measured side by side | ours | theirs | ratio | file |", "|---|---|---|---|---|"]
     for name, result in results.items():
-        lines += INFERENCE[name](result)
+        lines += INFERENCE[name](result, few)
     return "\n".join([*lines, "", origin(results)])
 
 
@@ -346,7 +376,7 @@ def limit() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": partial(report_of, "quickstart.json", speed=True),
     "targets": targets,
-    "inference": inference,
+    "inference": partial(inference, few=True),
 }
 STUDY: dict[str, Callable[[], str]] = {
     "fit": fit,
@@ -368,7 +398,11 @@ STUDY: dict[str, Callable[[], str]] = {
 }
 FILES = {
     README: TABLES,
-    FOLDER / "README.md": {"stream_targets": stream_targets},
+    FOLDER / "README.md": {
+        "inference": partial(inference, few=False),
+        "stream_targets": stream_targets,
+        "sinks": sinks,
+    },
     FOLDER / "quality/README.md": STUDY,
 }
 
