@@ -114,8 +114,9 @@ def draw_sinks(result: dict[str, Any], pyplot: Any) -> Any:
         axes.set(title=f"{size:,} tokens kept", xlabel="tokens so far (dashed: trained length)", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     panels[0].set_ylabel("perplexity")
-    panels[0].legend(frameon=False, title="sinks")
+    panels[0].legend(frameon=False, title="sinks", ncols=2)
     return figure
 
 
