@@ -117,3 +117,42 @@ def decoding_config(
         eos_token_id=ends or None,
         pad_token_id=next(pad for pad in pads if pad is not None),
     )
+
+
+def logits_processors(decoding: Any, settings: Any) -> Any:
+    """What `generate` does to logits by a `decoding_config`, where that is silent by the model's own `settings`: its
+    processors, in its order."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    )
+
+    def asked(name: str, idle: float) -> Any:
+        """None where it would change nothing."""
+        value = getattr(decoding, name, None)
+        value = getattr(settings, name, None) if value is None else value
+        return None if value == idle else value
+
+    made = LogitsProcessorList()
+    if (penalty := asked("repetition_penalty", 1.0)) is not None:
+        made.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+    if (size := asked("no_repeat_ngram_size", 0)) is not None:
+        made.append(NoRepeatNGramLogitsProcessor(size))
+    if not decoding.do_sample:
+        return made
+    for name, idle, kind in (
+        ("temperature", 1.0, TemperatureLogitsWarper),
+        ("top_k", 0, TopKLogitsWarper),
+        ("top_p", 1.0, TopPLogitsWarper),
+        ("min_p", 0.0, MinPLogitsWarper),
+        ("typical_p", 1.0, TypicalLogitsWarper),
+    ):
+        if (value := asked(name, idle)) is not None:
+            made.append(kind(value))
+    return made

@@ -147,13 +147,13 @@ class SinkWindowCache(Cache):
         use_segment_attention(config)
 
     def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
         for prefix in self.prefixes:
             check_form(prefix, form_of(self.config), len(self.segments))
             if len(prefix) < self.attention_sinks:
                 raise ValueError(
                     f"a prefix of {len(prefix)} tokens cannot stand for {self.attention_sinks} attention_sinks"
                 )
-        groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
         self.columns = self.first_column
         used, groups = groups.unique(return_inverse=True)  # others need not be held
         groups = (groups - int((used < 0).any())).int()
@@ -186,7 +186,9 @@ class SinkWindowCache(Cache):
     @property
     def used_slots(self) -> int:
         """The first slots of the N, beyond which all are empty: N, once a window has gone by."""
-        return min(self.num_slots, self.attention_sinks + self.columns - self.first_column)
+        # Without prefixes the first of a row's own tokens lie in the sinks' slots.
+        in_window = self.columns - self.first_column - (0 if self.prefixes else self.attention_sinks)
+        return min(self.num_slots, self.attention_sinks + max(0, in_window))
 
     @property
     def nbytes(self) -> int:

@@ -314,6 +314,9 @@ def serve(
         typer.Option(envvar="SWIFTKV_API_KEY", help="Key that clients must send."),
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the directory's.")] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Requests that are answered at once, each with K/V of its own in memory.")
+    ] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
     context_length: Annotated[
         int | None,
@@ -344,7 +347,7 @@ def serve(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line about every request on standard error.")] = False,
 ) -> None:
-    """Serve a checkpoint with an OpenAI-compatible API: to one request at a time, the others wait in their order."""
+    """Serve a checkpoint with an OpenAI-compatible API; requests that come together are answered together."""
     if api_key is None:
         api_key = os.environ.get("SWIFTKV_API_KEY")  # typer takes an empty one for none
     from swiftkv_train.serve import run_server
@@ -355,6 +358,7 @@ def serve(
         port=port,
         api_key=api_key,
         served_model_name=model_name,
+        max_batch=max_batch,
         max_queue=max_queue,
         context_length=context_length,
         dtype=dtype,

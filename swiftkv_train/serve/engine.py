@@ -1,23 +1,25 @@
-"""`GenerateEngine`: one request at a time through `model.generate`; and loading the model for it."""
+"""`GenerateEngine`: several requests at a time, a token of each in one forward; and loading the model for it."""
 
 import asyncio
+import contextlib
 import copy
 import logging
 import secrets
 import threading
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from swiftkv_models import use_exact_positions
+from swiftkv_models.row_caches import RowCaches
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
-from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids
-from swiftkv_train.kept_caches import MAX_ENTRIES, KeptCaches, KeptPrefixes, KeptStreams, generate, new_stream
+from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids, logits_processors
+from swiftkv_train.kept_caches import MAX_ENTRIES, PIECE, KeptCaches, KeptPrefixes, KeptStreams, new_stream
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
@@ -36,6 +38,7 @@ from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 logger = logging.getLogger(__name__)
 
 THREAD = "swiftkv-generate"
+MAX_BATCH = 8  # requests that are answered at once
 
 
 def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
@@ -68,7 +71,7 @@ class _Job:
 
     def __init__(self, request: GenerationRequest):
         self.request = request
-        self.cancelled = False
+        self.cancelled = self.failed = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
 
@@ -107,50 +110,74 @@ class _JobStream:
         self._engine._cancel(self._job)
 
 
-class _TokenSink(StoppingCriteria):
-    """Sends each new token of `generate` on its way and says when to stop.
+class _Answer:
+    """A request while it is answered: its tokens so far, what K/V there is of them, and how the next one is chosen."""
 
-    One object does what a streamer and a stopping criterion would do together: `generate` calls the two in an order
-    that differs between transformers' versions, and the criterion alone sees the token already.
-    """
-
-    def __init__(self, job: _Job, tokenizer: Any, end_token_ids: set[int]):
-        self._job = job
-        self._end_token_ids = end_token_ids
-        self._decoder = IncrementalDecoder(tokenizer, job.request.prompt_token_ids)
-        self._scanner = StopScanner(job.request.stop)
-        self.tokens = 0
-        self.cached_tokens = 0
+    def __init__(self, job: _Job, model: Any, tokenizer: Any, cache: Any, cached_tokens: int):
+        request, settings = job.request, model.generation_config
+        decoding = decoding_config(
+            settings,
+            tokenizer,
+            max_new_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+        )
+        self.job, self.cache, self.cached_tokens = job, cache, cached_tokens
+        self.tokens = torch.tensor([list(request.prompt_token_ids)], device=model.device)  # [1, prompt + answer]
+        self.generated = 0
         self.finish_reason: FinishReason | None = None
+        self._processors, self._samples = logits_processors(decoding, settings), decoding.do_sample
+        self._random = torch.Generator(model.device)
+        self._random.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+        self._end_token_ids = _end_token_ids(request, settings, tokenizer)
+        self._decoder = IncrementalDecoder(tokenizer, request.prompt_token_ids)
+        self._scanner = StopScanner(request.stop)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
-        if not (self.finish_reason or self._job.cancelled):
-            self._take(int(input_ids[0, -1]))
-        done = self.finish_reason is not None or self._job.cancelled
-        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None or self.job.cancelled
 
-    def _take(self, token_id: int) -> None:
-        self.tokens += 1
+    def take(self, logits: torch.Tensor) -> None:
+        """Choose the next token by logits [1, V], and send it on its way."""
+        scores = self._processors(self.tokens, logits.float())
+        if self._samples:
+            chosen = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
+        else:
+            chosen = scores.argmax(-1, keepdim=True)
+        self.tokens = torch.cat([self.tokens, chosen], dim=1)
+        self.generated += 1
+        token_id = int(chosen)
         at_end_token = token_id in self._end_token_ids
         text = "" if at_end_token else self._scanner.push(self._decoder.push(token_id))
-        if at_end_token or self._scanner.found or self.tokens >= self._job.request.max_tokens:
+        if at_end_token or self._scanner.found or self.generated >= self.job.request.max_tokens:
             text += self._scanner.push(self._decoder.flush())
             text += self._scanner.flush()
             self.finish_reason = "stop" if at_end_token or self._scanner.found else "length"
-        self._job.emit(TokenEvent(token_id, text, self.finish_reason, self.cached_tokens))
+        self.job.emit(TokenEvent(token_id, text, self.finish_reason, self.cached_tokens))
+
+
+def _end_token_ids(request: GenerationRequest, settings: Any, tokenizer: Any) -> set[int]:
+    """The model's own end tokens and the stop strings that name a special token, which never shows in the text."""
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return end_token_ids(settings, tokenizer) | {special[stop] for stop in request.stop if stop in special}
 
 
 class GenerateEngine:
-    """Runs admitted requests one after another through `model.generate`, in one thread: `thread`, which should have
-    loaded the model, or one of its own.
+    """Answers up to `max_batch` requests at once, in one thread: `thread`, which should have loaded the model, or one
+    of its own.
 
-    At most `max_queue` requests wait beside the one that runs. Sampling settings that a request leaves out come from
-    the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With `reuse` the K/V of
-    up to that many tokens are kept for later requests that begin alike. With a `window` every request has a cache of
-    the last `window` tokens and the system's messages, or the first SINKS tokens where there are none, or more of them
-    than `window` or than it leaves of the model's context: there is no context length then but the one that is given,
-    and with `reuse` a few such caches are kept for prompts that go on from all of one, and K/V of a few systems'
-    messages for new ones. A cancelled request stops at its next token, or before the next piece of its prompt.
+    Prompts run one after another, in pieces; behind every piece all answers under way get a token, in one forward
+    (continuous batching). At most `max_queue` more requests wait for a place. Sampling settings that a request leaves
+    out come from the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With
+    `reuse` the K/V of up to that many tokens are kept for later requests that begin alike. With a `window` every
+    request has a cache of the last `window` tokens and the system's messages, or the first SINKS tokens where there are
+    none, or more of them than `window` or than it leaves of the model's context: there is no context length then but
+    the one that is given, and with `reuse` a few such caches are kept for prompts that go on from all of one, and K/V
+    of a few systems' messages for new ones. A cancelled request stops at its next token, or before the next piece of
+    its prompt.
     """
 
     def __init__(
@@ -159,12 +186,15 @@ class GenerateEngine:
         tokenizer: Any,
         *,
         name: str = "swiftkv",
+        max_batch: int = MAX_BATCH,
         max_queue: int = 64,
         context_length: int | None = None,
         reuse: bool = True,
         window: int | None = None,
         thread: OneThread | None = None,
     ):
+        if max_batch < 1:
+            raise UserError(f"max_batch is {max_batch}; it must be 1 or more")
         if max_queue < 0:
             raise UserError(f"max_queue is {max_queue}; it must be 0 or more")
         own = _own_context_length(model)
@@ -173,13 +203,12 @@ class GenerateEngine:
         if window is not None and not 1 <= window <= own:
             raise UserError(f"window is {window}; this model allows 1 to {own}")
         self._model = model
-        self._defaults = model.generation_config
         self._info = ModelInfo(
             name=name,
             context_length=own if window is None and context_length is None else context_length,
             vocab_size=int(model.get_input_embeddings().num_embeddings),
-            default_temperature=default_temperature(self._defaults),
-            default_top_p=1.0 if self._defaults.top_p is None else float(self._defaults.top_p),
+            default_temperature=default_temperature(model.generation_config),
+            default_top_p=1.0 if model.generation_config.top_p is None else float(model.generation_config.top_p),
             streams=window is not None,
         )
         self._kept: KeptCaches | KeptStreams
@@ -194,9 +223,9 @@ class GenerateEngine:
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)
-        self._max_queue = max_queue
+        self._max_batch, self._max_queue = max_batch, max_queue
         self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
+        self._running: list[_Job] = []
         self._draining = self._closed = False
         self._stats = EngineStats()
         self._changed = threading.Condition()
@@ -221,7 +250,7 @@ class GenerateEngine:
         with self._changed:
             if not self.accepting:
                 raise EngineStoppingError
-            if len(self._waiting) + (self._running is not None) > self._max_queue:
+            if len(self._waiting) + len(self._running) >= self._max_batch + self._max_queue:
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify_all()
@@ -229,7 +258,7 @@ class GenerateEngine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            return replace(self._stats, running=int(self._running is not None), waiting=len(self._waiting))
+            return replace(self._stats, running=len(self._running), waiting=len(self._waiting))
 
     def begin_drain(self) -> None:
         with self._changed:
@@ -237,13 +266,13 @@ class GenerateEngine:
 
     def wait_idle(self, timeout: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and self._running is None, timeout)
+            return self._changed.wait_for(lambda: not self._waiting and not self._running, timeout)
 
     def close(self, timeout: float = 10.0) -> None:
         """End every request with EngineStoppingError and wait up to `timeout` seconds for the thread."""
         with self._changed:
             self._draining = self._closed = True
-            unfinished = [*self._waiting, *([self._running] if self._running else [])]
+            unfinished = [*self._waiting, *self._running]
             self._count(cancelled=len(self._waiting))
             self._waiting.clear()
             for job in unfinished:
@@ -265,75 +294,92 @@ class GenerateEngine:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
 
     def _work(self) -> None:
+        answers: dict[_Job, _Answer] = {}
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
                 if self._closed:
                     return
-                job = self._running = self._waiting.popleft()
-                self._count(prompt_tokens=len(job.request.prompt_token_ids))
-            sink, failed = None, 0
-            try:
-                sink = _TokenSink(job, self._decoding_tokenizer, self._end_token_ids(job.request))
-                self._generate(job, sink)
-                if sink.finish_reason is None and not job.cancelled:
-                    raise RuntimeError("generate ended before the request did")
-            except Exception:
-                logger.exception("generation failed")
-                self._kept.clear()  # whose memory the next one may need
-                self._prefixes.clear()
-                failed = 1
-            with self._changed:
-                self._running = None
-                finished = int(sink is not None and sink.finish_reason is not None and not failed)
-                if sink is not None:
-                    self._count(generated_tokens=sink.tokens, cached_tokens=sink.cached_tokens)
-                self._count(finished=finished, failed=failed, cancelled=1 - finished - failed)
-                self._changed.notify_all()
-            if failed:
-                job.emit(GenerationError())
+                places = self._max_batch - len(self._running)
+                new = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
+                self._running += new
+                self._count(prompt_tokens=sum(len(job.request.prompt_token_ids) for job in new))
+            for job in new:
+                if not job.cancelled:
+                    with self._failing([job]):
+                        answers[job] = self._begin(job)
+            unread = next((job for job, answer in answers.items() if not (answer.generated or answer.done)), None)
+            if unread is not None:
+                with self._failing([unread]):
+                    self._read(answers[unread])
+            speaking = [job for job, answer in answers.items() if answer.generated and not answer.done]
+            if speaking:
+                with self._failing(speaking):
+                    self._say([answers[job] for job in speaking])
+            for job in list(self._running):
+                self._end(job, answers)
 
-    def _end_token_ids(self, request: GenerationRequest) -> set[int]:
-        """The model's own end tokens and the stop strings that name a special token, which never shows in the text."""
-        added = self._decoding_tokenizer.added_tokens_decoder
-        special = {token.content: token_id for token_id, token in added.items() if token.special}
-        ends = end_token_ids(self._defaults, self._decoding_tokenizer)
-        return ends | {special[stop] for stop in request.stop if stop in special}
+    @contextlib.contextmanager
+    def _failing(self, jobs: Sequence[_Job]) -> Iterator[None]:
+        """What goes wrong in it is the end of these jobs, and of nothing else."""
+        try:
+            yield
+        except Exception:
+            logger.exception("generation failed")
+            self._kept.clear()  # whose memory the next one may need
+            self._prefixes.clear()
+            for job in jobs:
+                job.failed = True
 
-    def _generate(self, job: _Job, sink: _TokenSink) -> None:
-        request, device = job.request, self._model.device
-        if job.cancelled:
+    def _begin(self, job: _Job) -> _Answer:
+        prompt = job.request.prompt_token_ids
+        cache: Any = self._kept.take(prompt)
+        if cache is not None:
+            return _Answer(job, self._model, self._decoding_tokenizer, cache, cache.get_seq_length())
+        system_tokens = job.request.system_tokens if job.request.system_tokens <= self._most_pinned else 0
+        stream = new_stream(self._model, prompt, self._window, system_tokens, self._prefixes)
+        return _Answer(job, self._model, self._decoding_tokenizer, *stream)
+
+    @torch.no_grad()
+    def _read(self, answer: _Answer) -> None:
+        """Run the prompt's next piece; behind the last one comes the answer's first token."""
+        begin = answer.cache.get_seq_length()
+        piece = answer.tokens[:, begin : begin + PIECE]
+        logits = self._model(input_ids=piece, past_key_values=answer.cache, use_cache=True, logits_to_keep=1).logits
+        if begin + piece.shape[1] == answer.tokens.shape[1]:
+            answer.take(logits[:, -1])
+
+    @torch.no_grad()
+    def _say(self, answers: Sequence[_Answer]) -> None:
+        """The next token of every answer."""
+        last = torch.cat([answer.tokens[:, -1:] for answer in answers])
+        options: dict[str, Any] = {"past_key_values": answers[0].cache}
+        if len(answers) > 1:
+            caches = [answer.cache for answer in answers]
+            lengths = [[cache.get_seq_length()] for cache in caches]
+            positions = torch.tensor(lengths, device=self._model.device)
+            options = {"past_key_values": RowCaches(self._model.config, caches), "position_ids": positions}
+        logits = self._model(input_ids=last, use_cache=True, logits_to_keep=1, **options).logits
+        for answer, its_logits in zip(answers, logits[:, -1].split(1), strict=True):
+            answer.take(its_logits)
+
+    def _end(self, job: _Job, answers: dict[_Job, _Answer]) -> None:
+        """Give the place of a job that is done to the next one."""
+        answer = answers.get(job)
+        if not (job.failed or job.cancelled or (answer is not None and answer.done)):
             return
-        cache: Any = self._kept.take(request.prompt_token_ids)
-        if cache is None:
-            system_tokens = request.system_tokens if request.system_tokens <= self._most_pinned else 0
-            cache, sink.cached_tokens = new_stream(
-                self._model, request.prompt_token_ids, self._window, system_tokens, self._prefixes
-            )
-        else:
-            sink.cached_tokens = cache.get_seq_length()
-        config = decoding_config(
-            self._defaults,
-            self._decoding_tokenizer,
-            max_new_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-        )
-        # generate takes no generator, but it draws in this thread only: fork the global one for each request.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
-            tokens = generate(
-                self._model,
-                request.prompt_token_ids,
-                cache,
-                stopped=lambda: job.cancelled,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([sink]),
-            )
-        self._kept.keep(tokens, cache)
+        answers.pop(job, None)
+        if answer is not None and not job.failed:
+            self._kept.keep(answer.tokens[0].tolist(), answer.cache)
+        finished = int(answer is not None and answer.finish_reason is not None and not job.failed)
+        with self._changed:
+            self._running.remove(job)
+            if answer is not None:
+                self._count(generated_tokens=answer.generated, cached_tokens=answer.cached_tokens)
+            self._count(finished=finished, failed=int(job.failed), cancelled=int(not (finished or job.failed)))
+            self._changed.notify_all()
+        if job.failed:
+            job.emit(GenerationError())
 
 
 def _own_context_length(model: Any) -> int:

@@ -24,6 +24,7 @@ def run_server(
     port: int = 8000,
     api_key: str | None = None,
     served_model_name: str | None = None,
+    max_batch: int | None = None,
     max_queue: int = 64,
     max_body_bytes: int | None = None,
     max_output_tokens: int | None = None,
@@ -65,9 +66,10 @@ def run_server(
         import torch
 
         from swiftkv_models import num_parameters
-        from swiftkv_train.serve.engine import THREAD, GenerateEngine, load_model_and_tokenizer
+        from swiftkv_train.serve.engine import MAX_BATCH, THREAD, GenerateEngine, load_model_and_tokenizer
         from swiftkv_train.serve.one_thread import OneThread
 
+        max_batch = MAX_BATCH if max_batch is None else max_batch
         if threads is not None:
             torch.set_num_threads(threads)
         name = served_model_name or Path(model_dir).resolve().name
@@ -85,6 +87,7 @@ def run_server(
             model,
             tokenizer,
             name=name,
+            max_batch=max_batch,
             max_queue=max_queue,
             context_length=context_length,
             reuse=reuse,
@@ -104,7 +107,12 @@ def run_server(
             if api_key is None and not _is_loopback(host):
                 _say(f"warning: {address} is open to the network without an API key")
             greeting = _greeting(
-                name, address, keyed=api_key is not None, chats=bool(tokenizer.chat_template), max_queue=max_queue
+                name,
+                address,
+                keyed=api_key is not None,
+                chats=bool(tokenizer.chat_template),
+                max_batch=max_batch,
+                max_queue=max_queue,
             )
             server = DrainingServer(
                 app,
@@ -155,12 +163,13 @@ def _address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greeting(name: str, address: str, *, keyed: bool, chats: bool, max_queue: int) -> str:
+def _greeting(name: str, address: str, *, keyed: bool, chats: bool, max_batch: int, max_queue: int) -> str:
     key = "-H 'Authorization: Bearer KEY' " if keyed else ""
     route = "/v1/chat/completions" if chats else "/v1/completions"
     asked = {"messages": [{"role": "user", "content": "Hello"}]} if chats else {"prompt": "Hello"}
     body = shlex.quote(json.dumps({"model": name, **asked, "max_tokens": 64}, ensure_ascii=False))
     return (
-        f"serving {name} at {address}/v1, one request at a time, {max_queue} may wait (Ctrl-C drains and stops)\n"
+        f"serving {name} at {address}/v1, up to {max_batch} requests at once, {max_queue} may wait (Ctrl-C drains and "
+        "stops)\n"
         f"try: curl {address}{route} -H 'Content-Type: application/json' {key}-d {body}"
     )

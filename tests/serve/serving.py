@@ -117,6 +117,7 @@ def running(
     model: Any,
     tokenizer: Any,
     *,
+    max_batch: int = 4,
     max_queue: int = 8,
     context_length: int | None = None,
     window: int | None = None,
@@ -124,7 +125,7 @@ def running(
     say: Callable[[str], None] | None = None,
     **app: Any,
 ) -> Iterator[Running]:
-    limits = {"max_queue": max_queue, "context_length": context_length, "window": window}
+    limits = {"max_batch": max_batch, "max_queue": max_queue, "context_length": context_length, "window": window}
     engine = GenerateEngine(model, tokenizer, name=MODEL_NAME, **limits)  # type: ignore[arg-type]
     server = DrainingServer(create_app(engine, **app), engine, drain_timeout=drain_timeout, say=say)
     listener = socket.socket()

@@ -16,6 +16,7 @@ from swiftkv_train import kept_caches
 from swiftkv_train.errors import UserError
 from swiftkv_train.kept_caches import KeptCaches, KeptPrefixes, generate
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, ModelInfo, TokenEvent
+from swiftkv_train.serve import engine as engine_module
 from swiftkv_train.serve.prompts import chat_prompt
 from swiftkv_train.serve.schemas import ChatCompletionRequest
 
@@ -148,7 +149,7 @@ def test_what_was_cancelled_stays_right(engine: GenerateEngine, model: Any, run:
 def test_long_prompts_run_in_pieces_and_stop_between_them(
     engine: GenerateEngine, model: Any, run: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_caches, "PIECE", 16)
+    monkeypatch.setattr(engine_module, "PIECE", 16)
     events = answer(engine, FIRST)
     assert run[:3] == [16, 16, 8]
     expected(model, FIRST, events)

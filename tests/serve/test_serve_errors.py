@@ -256,7 +256,7 @@ def test_failures_do_not_leak(
         def broken(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("secret path")
 
-        monkeypatch.setattr(random_model, "generate", broken)
+        monkeypatch.setattr(random_model, "forward", broken)
         error = error_of(it.post(CHAT), 500)
         assert (error["type"], error["code"]) == ("server_error", "internal_error")
         assert "secret" not in str(error)

@@ -48,7 +48,7 @@ def wait_for(it: Running, running: int, waiting: int) -> None:
 
 @pytest.fixture
 def endless(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
-    with running(endless_model, tokenizer, max_queue=2, max_output_tokens=90_000) as it:
+    with running(endless_model, tokenizer, max_batch=1, max_queue=2, max_output_tokens=90_000) as it:
         yield it
 
 
@@ -103,7 +103,7 @@ def test_drain_answers_503_and_lets_the_admitted_finish(
     endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with (
-        running(endless_model, tokenizer, drain_timeout=60, max_output_tokens=90_000) as endless,
+        running(endless_model, tokenizer, max_batch=1, drain_timeout=60, max_output_tokens=90_000) as endless,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
         streaming(endless.url, {**ENDLESS, "max_tokens": 1500}) as lines,
     ):
@@ -124,7 +124,7 @@ def test_drain_answers_503_and_lets_the_admitted_finish(
 
 def test_drain_is_bounded(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with (
-        running(endless_model, tokenizer, drain_timeout=0.5, max_output_tokens=90_000) as it,
+        running(endless_model, tokenizer, max_batch=1, drain_timeout=0.5, max_output_tokens=90_000) as it,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
         streaming(it.url, ENDLESS) as lines,
     ):
@@ -156,7 +156,7 @@ def test_second_signal_ends_at_once(endless_model: LlamaForCausalLM, tokenizer: 
 
 
 def test_engine_alone(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = GenerateEngine(endless_model, tokenizer, max_queue=0)
+    engine = GenerateEngine(endless_model, tokenizer, max_batch=1, max_queue=0)
     prompt = tokenizer.encode("\n")
 
     async def use() -> None:
@@ -186,8 +186,9 @@ def test_engine_alone(endless_model: LlamaForCausalLM, tokenizer: PreTrainedToke
     stats = engine.stats()
     assert (stats.finished, stats.cancelled, stats.failed, stats.prompt_tokens) == (1, 2, 0, 3)
     assert not engine.accepting
-    with pytest.raises(UserError, match="max_queue"):
-        GenerateEngine(endless_model, tokenizer, max_queue=-1)
+    for wrong in ({"max_queue": -1}, {"max_batch": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            GenerateEngine(endless_model, tokenizer, **wrong)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,9 @@ def test_the_process_from_start_to_sigterm(checkpoint: Path, endless_model: Llam
             printed += line
         millions = f"{endless_model.num_parameters() / 1e6:.1f}"
         assert f"loaded LlamaForCausalLM, {millions} M parameters, torch.float32 on cpu" in printed
-        url = re.search(r"serving parrot at (http://127\.0\.0\.1:\d+)/v1, one request at a time, 64 may wait", printed)
+        url = re.search(
+            r"serving parrot at (http://127\.0\.0\.1:\d+)/v1, up to 8 requests at once, 64 may wait", printed
+        )
         assert url is not None
         # The example is one that works.
         example = re.search(r"curl (\S+) -H '(.+?): (.+?)' -d '(.+)'", printed)

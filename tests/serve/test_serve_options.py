@@ -106,7 +106,7 @@ def test_a_line_about_every_request(
             raise RuntimeError
 
         with monkeypatch.context() as patched:
-            patched.setattr(random_model, "generate", broken)
+            patched.setattr(random_model, "forward", broken)
             it.post({**TEXT, "stream": True}, "/v1/completions")
             assert line() == "POST /v1/completions 200: 2 prompt tokens, 0 new in X s; internal_error"
             patched.setattr(it.engine, "submit", broken)
@@ -252,7 +252,7 @@ def test_signals_are_told(endless_model: LlamaForCausalLM, tokenizer: PreTrained
 
 
 def test_the_greeting_names_the_model_and_a_route_it_has() -> None:
-    text = _greeting("o'hara", "http://h:1", keyed=True, chats=False, max_queue=5)
-    assert "one request at a time, 5 may wait" in text
+    text = _greeting("o'hara", "http://h:1", keyed=True, chats=False, max_batch=3, max_queue=5)
+    assert "up to 3 requests at once, 5 may wait" in text
     assert "curl http://h:1/v1/completions -H 'Content-Type: application/json' -H 'Authorization: Bearer KEY'" in text
     assert """-d '{"model": "o'"'"'hara", "prompt": "Hello", "max_tokens": 64}'""" in text
