@@ -196,6 +196,16 @@ def decode_rows(file: str, decode: dict[str, Any], few: bool) -> list[str]:
     return lines
 
 
+def serve_rows(serve: dict[str, Any], few: bool) -> list[str]:
+    lines = []
+    for row in serve["rows"]:
+        if row["clients"] == 8 or not few:
+            tokens = row["contenders"]["ours"]["tokens"]
+            what = f"{processor(serve)}: {row['clients']} requests at once, {serve['prompt_tokens']} tokens each, "
+            lines += against(row, f"{what}answered with {tokens:,} in all", "serve.json")
+    return lines
+
+
 def long_stream_rows(result: dict[str, Any], few: bool) -> list[str]:
     long = result["long"]
     cache = f"one cache of {long['sinks']} + {long['window']:,}"
@@ -241,6 +251,7 @@ INFERENCE: dict[str, Callable[[dict[str, Any], bool], list[str]]] = {
     "stream_long.json": long_stream_rows,
     **{file: partial(relay_rows, file) for file in ("relay.json", "relay_avx2.json")},
     **{file: partial(decode_rows, file) for file in ("decode.json", "decode_amd.json")},
+    "serve.json": serve_rows,
     "kv_memory.json": kv_memory_rows,
 }
 

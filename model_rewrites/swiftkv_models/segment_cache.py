@@ -164,8 +164,7 @@ class SinkWindowCache(Cache):
         lengths = [len(prefix) for prefix in self.prefixes]
         self.prefix_lengths = torch.tensor(lengths, dtype=torch.int32)
         keys = self.prefixes[0].keys[0]
-        dtype = self.quantized_dtype or keys.dtype
-        self.shares = sharing_pays(groups.tolist(), lengths, keys.shape[0] * keys.shape[-1], dtype, keys.device)
+        self.shares = sharing_pays(groups.tolist(), lengths, keys.shape[0] * keys.shape[-1], keys.device)
         everywhere = bool((groups >= 0).all())
         if everywhere:
             self.min_pinned = min(lengths)

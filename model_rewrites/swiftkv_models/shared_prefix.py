@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-# On CPU, of one prefix that all rows have: bytes of K/V in a layer that are not read (at 0.75 MiB sharing is as fast),
-# and tokens (the rows' own are read as before, by a part of attention of their own).
-WORTH_ON_CPU, LEAST_TOKENS_ON_CPU = 1 << 20, 128
-# Of several, or of rows beside them that have none: numbers of K/V, for each prefix and once more. With two prefixes of
-# 1,024 tokens 8 rows took 1.05 times as long as with copies, 16 rows 0.76 times; with four of 512 tokens 16 rows 1.3
-# times, 32 rows 0.88 times.
-WORTH_OF_A_GROUP_ON_CPU = 1 << 20
+# On CPU, of one prefix that all rows have: numbers of K/V in a layer that are not read (in bf16 sharing is as fast at
+# 0.4 million; in fp32 without AVX-512 4 rows of 256 tokens, 0.3 million, took 1.2 times as long as with copies, 8 rows 0.9
+# times), and tokens (the rows' own are read as before, by a part of attention of their own).
+WORTH_ON_CPU, LEAST_TOKENS_ON_CPU = 1 << 19, 128
+# Of several, or of rows beside them that have none: as many for each prefix and once more. With two prefixes of 1,024
+# tokens 8 rows took 1.05 times as long as with copies, 16 rows 0.76 times; with four of 512 tokens 16 rows 1.3 times,
+# 32 rows 0.88 times; with four of 4,096 tokens 8 rows 1 to 1.07 times, 16 rows 0.62 times.
+WORTH_OF_A_GROUP_ON_CPU = 5 << 18
 PIECE = 1024  # tokens of a prefix that run at once
 LONG_ON_GPU = 1024  # tokens that the kernel of a shared prefix divides over a GPU; pinned slots it does not
 
@@ -156,15 +157,13 @@ def assign_prefixes(
     return torch.tensor(groups, dtype=torch.int32), min(columns) if max(groups, default=-1) >= 0 else 0
 
 
-def sharing_pays(
-    groups: Sequence[int], lengths: Sequence[int], token_numbers: int, dtype: torch.dtype, device: torch.device
-) -> bool:
+def sharing_pays(groups: Sequence[int], lengths: Sequence[int], token_numbers: int, device: torch.device) -> bool:
     """Whether rows read their prefixes faster as segments than as copies in slots of their own.
 
     Args:
         groups: each row's prefix, or -1.
         lengths: tokens of each prefix. As copies every row has as many slots as the longest needs.
-        token_numbers: numbers in K of a token in a layer, kept in `dtype`.
+        token_numbers: numbers in K of a token in a layer.
 
     What sharing saves must be worth its parts of attention, and the merge. A long prefix of one row is faster on a GPU
     as a segment of its own.
@@ -174,7 +173,7 @@ def sharing_pays(
     if device.type != "cpu":
         return saved > 0 or longest >= LONG_ON_GPU
     if len(lengths) == 1 and min(groups) >= 0:
-        return saved * dtype.itemsize >= WORTH_ON_CPU and longest >= LEAST_TOKENS_ON_CPU
+        return saved >= WORTH_ON_CPU and longest >= LEAST_TOKENS_ON_CPU
     return saved >= (len(lengths) + 1) * WORTH_OF_A_GROUP_ON_CPU
 
 

@@ -171,6 +171,25 @@ def draw_decode(result: dict[str, Any], pyplot: Any) -> Any:
     return figure
 
 
+def draw_serve(result: dict[str, Any], pyplot: Any) -> Any:
+    """Tokens a second, and the wait for the first one, over the requests that come at once."""
+    figure, panels = _panels(pyplot, 2)
+    numbers = [row["clients"] for row in result["rows"]]
+    for axes, figure_of, label in (
+        (panels[0], "tokens_per_second", "tokens a second, all together"),
+        (panels[1], "first_token_seconds", "mean seconds to the first token"),
+    ):
+        for marker, name in zip(MARKERS, result["rows"][0]["contenders"], strict=False):
+            values = [row["contenders"][name].get(figure_of) for row in result["rows"]]
+            points = [(number, value) for number, value in zip(numbers, values, strict=True) if value is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+        axes.set(xlabel="requests at once", ylabel=label, ylim=(0, None))
+        _doubling(axes, numbers)
+    panels[0].legend(frameon=False)
+    return figure
+
+
 def draw_kv_memory(result: dict[str, Any], pyplot: Any) -> Any:
     """Bytes of a token over the base's, by form and storage; KL of the storage formats, if it was measured."""
     quality = result["quality"]

@@ -90,7 +90,7 @@ Attention = Callable[[], Tensor]  # -> [B, H, 1, C]
 def shares(layer: LayerTensors) -> bool:
     """Whether a `SinkWindowCache` shares the prefixes here, or copies them into the rows."""
     count, kv_heads, prefix, size = layer.prefix_key.shape
-    return sharing_pays(layer.groups, [prefix] * count, kv_heads * size, layer.key.dtype, layer.key.device)
+    return sharing_pays(layer.groups, [prefix] * count, kv_heads * size, layer.key.device)
 
 
 def ours(layer: LayerTensors) -> Attention:

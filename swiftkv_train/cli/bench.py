@@ -272,6 +272,23 @@ def decode(
     _finish(measure(checkpoint, base, batch, context, repeats), output, as_json, draw_decode)
 
 
+@app.command("serve", epilog=example("swiftkv bench serve outputs/quickstart/checkpoint --clients 1,8"))
+def serve(
+    model: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
+    clients: Annotated[str, typer.Option(help="Requests that come at once, separated by commas.")] = "1,2,4,8,16",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 3,
+    output: OutputOption = None,
+    as_json: Json = False,
+) -> None:
+    """Requests that come at once, answered together as `swiftkv serve` does, and one after another."""
+    from swiftkv_train.bench.plots import draw_serve
+    from swiftkv_train.bench.serve import measure
+
+    _finish(measure(model, clients, prompt, tokens, repeats), output, as_json, draw_serve)
+
+
 @app.command(
     "kv-memory",
     epilog=example("swiftkv bench kv-memory models/smollm2-135m --data articles=data/demo/articles.test.jsonl"),

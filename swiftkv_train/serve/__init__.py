@@ -1,9 +1,9 @@
 """Serve a checkpoint over the OpenAI API: `run_server(directory)`, or `create_app(engine)` to embed it.
 
-Read in this order: `contract.py` (what an engine is), `engine.py` (the one there is), `../kept_caches.py` (K/V for
-later requests), `text.py` (tokens to text that is safe to send), `schemas.py` and `bodies.py` (what a client may ask),
-`prompts.py` (request to token ids), `replies.py` (what a client gets), `request_log.py` (what the terminal gets),
-`app.py` (routes), `server.py` (the process).
+Read in this order: `contract.py` (what an engine is), `engine.py` (the one there is), `jobs.py` (a request on its way
+through it), `../kept_caches.py` (K/V for later requests), `text.py` (tokens to text that is safe to send), `schemas.py`
+and `bodies.py` (what a client may ask), `prompts.py` (request to token ids), `replies.py` (what a client gets),
+`request_log.py` (what the terminal gets), `app.py` (routes), `server.py` (the process).
 Names load on first use, so that importing this package costs neither torch nor fastapi.
 """
 

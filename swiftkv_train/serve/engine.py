@@ -1,10 +1,8 @@
 """`GenerateEngine`: several requests at a time, a token of each in one forward; and loading the model for it."""
 
-import asyncio
 import contextlib
 import copy
 import logging
-import secrets
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,27 +16,26 @@ from swiftkv_models import use_exact_positions
 from swiftkv_models.row_caches import RowCaches
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
-from swiftkv_train.generation_settings import decoding_config, default_temperature, end_token_ids, logits_processors
+from swiftkv_train.generation_settings import default_temperature
 from swiftkv_train.kept_caches import MAX_ENTRIES, PIECE, KeptCaches, KeptPrefixes, KeptStreams, new_stream
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
     EngineStoppingError,
-    FinishReason,
     GenerationError,
     GenerationRequest,
     ModelInfo,
     QueueFullError,
-    TokenEvent,
     TokenStream,
 )
+from swiftkv_train.serve.jobs import Answer, Job, JobStream
 from swiftkv_train.serve.one_thread import OneThread
-from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 
 logger = logging.getLogger(__name__)
 
 THREAD = "swiftkv-generate"
 MAX_BATCH = 8  # requests that are answered at once
+SHORT_PIECE = 256  # tokens of a prompt that run at once while others wait for their next token
 
 
 def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
@@ -66,110 +63,11 @@ def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tupl
     return load_for_inference(str(directory), dtype=dtype), tokenizer
 
 
-class _Job:
-    """One admitted request: what the worker thread writes to and the event loop reads from."""
-
-    def __init__(self, request: GenerationRequest):
-        self.request = request
-        self.cancelled = self.failed = False
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
-
-    def emit(self, event: TokenEvent | Exception) -> None:
-        """From any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the event loop is closed: nobody reads any more
-            self.cancelled = True
-
-    async def next_event(self) -> TokenEvent | Exception:
-        return await self._events.get()
-
-
-class _JobStream:
-    def __init__(self, engine: "GenerateEngine", job: _Job):
-        self._engine = engine
-        self._job = job
-        self._ended = False
-
-    def __aiter__(self) -> "_JobStream":
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._job.next_event()
-        if isinstance(event, Exception):
-            self._ended = True
-            raise event
-        self._ended = event.finish_reason is not None
-        return event
-
-    async def aclose(self) -> None:
-        self._ended = True
-        self._engine._cancel(self._job)
-
-
-class _Answer:
-    """A request while it is answered: its tokens so far, what K/V there is of them, and how the next one is chosen."""
-
-    def __init__(self, job: _Job, model: Any, tokenizer: Any, cache: Any, cached_tokens: int):
-        request, settings = job.request, model.generation_config
-        decoding = decoding_config(
-            settings,
-            tokenizer,
-            max_new_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-        )
-        self.job, self.cache, self.cached_tokens = job, cache, cached_tokens
-        self.tokens = torch.tensor([list(request.prompt_token_ids)], device=model.device)  # [1, prompt + answer]
-        self.generated = 0
-        self.finish_reason: FinishReason | None = None
-        self._processors, self._samples = logits_processors(decoding, settings), decoding.do_sample
-        self._random = torch.Generator(model.device)
-        self._random.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
-        self._end_token_ids = _end_token_ids(request, settings, tokenizer)
-        self._decoder = IncrementalDecoder(tokenizer, request.prompt_token_ids)
-        self._scanner = StopScanner(request.stop)
-
-    @property
-    def done(self) -> bool:
-        return self.finish_reason is not None or self.job.cancelled
-
-    def take(self, logits: torch.Tensor) -> None:
-        """Choose the next token by logits [1, V], and send it on its way."""
-        scores = self._processors(self.tokens, logits.float())
-        if self._samples:
-            chosen = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
-        else:
-            chosen = scores.argmax(-1, keepdim=True)
-        self.tokens = torch.cat([self.tokens, chosen], dim=1)
-        self.generated += 1
-        token_id = int(chosen)
-        at_end_token = token_id in self._end_token_ids
-        text = "" if at_end_token else self._scanner.push(self._decoder.push(token_id))
-        if at_end_token or self._scanner.found or self.generated >= self.job.request.max_tokens:
-            text += self._scanner.push(self._decoder.flush())
-            text += self._scanner.flush()
-            self.finish_reason = "stop" if at_end_token or self._scanner.found else "length"
-        self.job.emit(TokenEvent(token_id, text, self.finish_reason, self.cached_tokens))
-
-
-def _end_token_ids(request: GenerationRequest, settings: Any, tokenizer: Any) -> set[int]:
-    """The model's own end tokens and the stop strings that name a special token, which never shows in the text."""
-    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return end_token_ids(settings, tokenizer) | {special[stop] for stop in request.stop if stop in special}
-
-
 class GenerateEngine:
     """Answers up to `max_batch` requests at once, in one thread: `thread`, which should have loaded the model, or one
     of its own.
 
-    Prompts run one after another, in pieces; behind every piece all answers under way get a token, in one forward
+    Prompts run one after another, in pieces; with every piece all answers under way get a token, in one forward
     (continuous batching). At most `max_queue` more requests wait for a place. Sampling settings that a request leaves
     out come from the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With
     `reuse` the K/V of up to that many tokens are kept for later requests that begin alike. With a `window` every
@@ -224,8 +122,8 @@ class GenerateEngine:
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)
         self._max_batch, self._max_queue = max_batch, max_queue
-        self._waiting: deque[_Job] = deque()
-        self._running: list[_Job] = []
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
         self._draining = self._closed = False
         self._stats = EngineStats()
         self._changed = threading.Condition()
@@ -246,7 +144,7 @@ class GenerateEngine:
 
     def submit(self, request: GenerationRequest) -> TokenStream:
         """Admit a request. Raises QueueFullError, EngineStoppingError."""
-        job = _Job(request)
+        job = Job(request)
         with self._changed:
             if not self.accepting:
                 raise EngineStoppingError
@@ -254,7 +152,7 @@ class GenerateEngine:
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify_all()
-        return _JobStream(self, job)
+        return JobStream(job, self._cancel)
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -281,7 +179,7 @@ class GenerateEngine:
             self._changed.notify_all()
         self._thread.join(timeout)
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
@@ -294,7 +192,7 @@ class GenerateEngine:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
 
     def _work(self) -> None:
-        answers: dict[_Job, _Answer] = {}
+        answers: dict[Job, Answer] = {}
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
@@ -308,19 +206,22 @@ class GenerateEngine:
                 if not job.cancelled:
                     with self._failing([job]):
                         answers[job] = self._begin(job)
-            unread = next((job for job, answer in answers.items() if not (answer.generated or answer.done)), None)
-            if unread is not None:
-                with self._failing([unread]):
-                    self._read(answers[unread])
             speaking = [job for job, answer in answers.items() if answer.generated and not answer.done]
-            if speaking:
-                with self._failing(speaking):
-                    self._say([answers[job] for job in speaking])
+            unread = [job for job, answer in answers.items() if not (answer.generated or answer.done)]
+            logits: dict[Job, torch.Tensor] = {}
+            with self._failing(unread[:1]):
+                for job in unread[:1]:
+                    logits |= self._read(job, answers[job], SHORT_PIECE if speaking else PIECE)
+            with self._failing(speaking):
+                logits |= self._step({job: answers[job] for job in speaking})
+            for job, its_logits in logits.items():
+                with self._failing([job]):
+                    answers[job].take(its_logits)
             for job in list(self._running):
                 self._end(job, answers)
 
     @contextlib.contextmanager
-    def _failing(self, jobs: Sequence[_Job]) -> Iterator[None]:
+    def _failing(self, jobs: Sequence[Job]) -> Iterator[None]:
         """What goes wrong in it is the end of these jobs, and of nothing else."""
         try:
             yield
@@ -331,39 +232,38 @@ class GenerateEngine:
             for job in jobs:
                 job.failed = True
 
-    def _begin(self, job: _Job) -> _Answer:
+    def _begin(self, job: Job) -> Answer:
         prompt = job.request.prompt_token_ids
         cache: Any = self._kept.take(prompt)
         if cache is not None:
-            return _Answer(job, self._model, self._decoding_tokenizer, cache, cache.get_seq_length())
+            return Answer(job, self._model, self._decoding_tokenizer, cache, cache.get_seq_length())
         system_tokens = job.request.system_tokens if job.request.system_tokens <= self._most_pinned else 0
         stream = new_stream(self._model, prompt, self._window, system_tokens, self._prefixes)
-        return _Answer(job, self._model, self._decoding_tokenizer, *stream)
+        return Answer(job, self._model, self._decoding_tokenizer, *stream)
 
     @torch.no_grad()
-    def _read(self, answer: _Answer) -> None:
-        """Run the prompt's next piece; behind the last one comes the answer's first token."""
+    def _read(self, job: Job, answer: Answer, size: int) -> dict[Job, torch.Tensor]:
+        """Run the next `size` tokens of a prompt; the logits [1, V] behind its last one."""
         begin = answer.cache.get_seq_length()
-        piece = answer.tokens[:, begin : begin + PIECE]
+        piece = answer.tokens[:, begin : begin + size]
         logits = self._model(input_ids=piece, past_key_values=answer.cache, use_cache=True, logits_to_keep=1).logits
-        if begin + piece.shape[1] == answer.tokens.shape[1]:
-            answer.take(logits[:, -1])
+        return {job: logits[:, -1]} if begin + piece.shape[1] == answer.tokens.shape[1] else {}
 
     @torch.no_grad()
-    def _say(self, answers: Sequence[_Answer]) -> None:
-        """The next token of every answer."""
-        last = torch.cat([answer.tokens[:, -1:] for answer in answers])
-        options: dict[str, Any] = {"past_key_values": answers[0].cache}
-        if len(answers) > 1:
-            caches = [answer.cache for answer in answers]
-            lengths = [[cache.get_seq_length()] for cache in caches]
-            positions = torch.tensor(lengths, device=self._model.device)
+    def _step(self, answers: dict[Job, Answer]) -> dict[Job, torch.Tensor]:
+        """The logits [1, V] behind each answer's last token."""
+        if not answers:
+            return {}
+        caches = [answer.cache for answer in answers.values()]
+        last = torch.cat([answer.tokens[:, -1:] for answer in answers.values()])
+        options: dict[str, Any] = {"past_key_values": caches[0]}
+        if len(caches) > 1:
+            positions = torch.tensor([[cache.get_seq_length()] for cache in caches], device=self._model.device)
             options = {"past_key_values": RowCaches(self._model.config, caches), "position_ids": positions}
         logits = self._model(input_ids=last, use_cache=True, logits_to_keep=1, **options).logits
-        for answer, its_logits in zip(answers, logits[:, -1].split(1), strict=True):
-            answer.take(its_logits)
+        return dict(zip(answers, logits[:, -1].split(1), strict=True))
 
-    def _end(self, job: _Job, answers: dict[_Job, _Answer]) -> None:
+    def _end(self, job: Job, answers: dict[Job, Answer]) -> None:
         """Give the place of a job that is done to the next one."""
         answer = answers.get(job)
         if not (job.failed or job.cancelled or (answer is not None and answer.done)):

@@ -294,6 +294,9 @@ def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
         ("cpu", [0] * 16, [4096], True),
         ("cpu", [0] * 2, [4096], True),
         ("cpu", [0] * 2, [512], False),
+        ("cpu", [0] * 4, [256], False),
+        ("cpu", [0] * 8, [256], True),
+        ("cpu", [0, 0, 1, 1, 2, 2, 3, 3], [4096] * 4, False),
         ("cpu", [0] * 16, [64], False),
         ("cpu", [0] * 10**6, [64], False),
         ("cpu", [0, -1], [64], False),
@@ -301,7 +304,7 @@ def test_a_prefix_is_copied_where_sharing_does_not_pay(model):
         ("cpu", [0, 1] * 8, [1024] * 2, True),
         ("cpu", [0, 1] * 4, [1024] * 2, False),  # would be worth one part more, not two
     ):
-        found = shared_prefix.sharing_pays(groups, lengths, 3 * 64, torch.bfloat16, torch.device(device))
+        found = shared_prefix.sharing_pays(groups, lengths, 3 * 64, torch.device(device))
         assert found == pays, (device, len(groups), lengths)
 
 

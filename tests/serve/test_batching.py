@@ -73,7 +73,8 @@ def test_each_is_told_what_it_would_be_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompts in pieces, answers of different lengths, more requests than places."""
-    monkeypatch.setattr(engine_module, "PIECE", 32)
+    for name in ("PIECE", "SHORT_PIECE"):
+        monkeypatch.setattr(engine_module, name, 32)
     alone = GenerateEngine(model, tokenizer, max_batch=1, window=window, reuse=False)
     wanted = [ids_of(told) for told in ask(alone, greedy())]
     assert {rows for rows, _ in batches} == {1}

@@ -351,6 +351,17 @@ def test_decode(result_of):
             assert cell["tokens_per_second"] == row["batch"] / cell["seconds"]
 
 
+def test_serve(result_of):
+    result = result_of("serve", "models/debug", "--clients", "3,1", "--prompt", "12", "--tokens", "5")
+    assert [row["clients"] for row in result["rows"]] == [1, 3]
+    for row in result["rows"]:
+        assert check_contenders(row["contenders"], "ours", 3) == ["ours", "one by one"]
+        for cell in row["contenders"].values():
+            assert 0 < cell["tokens"] <= 5 * row["clients"]
+            assert cell["tokens_per_second"] == cell["tokens"] / cell["seconds"]
+            assert 0 < cell["first_token_seconds"] < 60
+
+
 def test_kv_memory(result_of):
     rewrite(load_model("models/debug"), num_key_value_layers=3, key_value_group_size=3).save_pretrained("checkpoint")
     text = "prose=data/debug/prose.held_out.jsonl"
