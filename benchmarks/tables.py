@@ -199,7 +199,7 @@ def decode_rows(file: str, decode: dict[str, Any], few: bool) -> list[str]:
 def serve_rows(serve: dict[str, Any], few: bool) -> list[str]:
     lines = []
     for row in serve["rows"]:
-        if row["clients"] == 8 or not few:
+        if row["clients"] == 16 or not few:
             tokens = row["contenders"]["ours"]["tokens"]
             what = f"{processor(serve)}: {row['clients']} requests at once, {serve['prompt_tokens']} tokens each, "
             lines += against(row, f"{what}answered with {tokens:,} in all", "serve.json")
@@ -209,9 +209,10 @@ def serve_rows(serve: dict[str, Any], few: bool) -> list[str]:
 def long_stream_rows(result: dict[str, Any], few: bool) -> list[str]:
     long = result["long"]
     cache = f"one cache of {long['sinks']} + {long['window']:,}"
-    what = f"{long['tokens']:,} tokens through {cache}: change over them of a token's time"
-    what += f" ({long['chunk']} at a time; one by one); of memory"
-    times = f"{long['seconds_slope']:+.1%}; {long['seconds_of_one_slope']:+.1%}"
+    how, times = f"{long['chunk']} at a time", f"{long['seconds_slope']:+.1%}"
+    if "seconds_of_one_slope" in long:  # which early files lack
+        how, times = f"{how}; one by one", f"{times}; {long['seconds_of_one_slope']:+.1%}"
+    what = f"{long['tokens']:,} tokens through {cache}: change over them of a token's time ({how}); of memory"
     change = f"{times}; {long['memory_growth_bytes'] / 2**20:+,.1f} MiB"
     return [f"| {what} | {change} | – | – | `stream_long.json` |"]
 

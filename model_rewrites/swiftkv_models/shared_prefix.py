@@ -15,8 +15,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 # On CPU, of one prefix that all rows have: numbers of K/V in a layer that are not read (in bf16 sharing is as fast at
-# 0.4 million; in fp32 without AVX-512 4 rows of 256 tokens, 0.3 million, took 1.2 times as long as with copies, 8 rows 0.9
-# times), and tokens (the rows' own are read as before, by a part of attention of their own).
+# 0.4 million; in fp32 without AVX-512 4 rows of 256 tokens, 0.3 million, took 1.2 times as long as with copies, 8 rows
+# 0.9 times), and tokens (the rows' own are read as before, by a part of attention of their own).
 WORTH_ON_CPU, LEAST_TOKENS_ON_CPU = 1 << 19, 128
 # Of several, or of rows beside them that have none: as many for each prefix and once more. With two prefixes of 1,024
 # tokens 8 rows took 1.05 times as long as with copies, 16 rows 0.76 times; with four of 512 tokens 16 rows 1.3 times,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from swiftkv_train.bench.turns import OURS, Cell, compare, comparison, in_turns,
 from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, load_model_and_tokenizer
+from swiftkv_train.serve.engine import THREAD
+from swiftkv_train.serve.one_thread import OneThread
 
 ONE_BY_ONE = "one by one"
 
@@ -27,12 +30,17 @@ def measure(path: str, clients: str, prompt: int, tokens: int, repeats: int) -> 
     clients: numbers of requests; each has a `prompt` of so many tokens and gets up to `tokens`, greedily.
     """
     numbers = numbers_from("--clients", clients, 1, "1,8")
-    model, tokenizer = load_model_and_tokenizer(path)
+    thread = OneThread(THREAD)  # that loads the model, as the server's does
+    model, tokenizer = thread.call(partial(load_model_and_tokenizer, path))
+    engine = GenerateEngine(model, tokenizer, max_batch=numbers[-1], reuse=False, thread=thread)
     rows = []
-    with Reporter().bar("serve", len(numbers), "rows") as advance:
-        for number in numbers:
-            rows.append(_row(model, tokenizer, number, prompt, tokens, repeats))
-            advance(1)
+    try:
+        with Reporter().bar("serve", len(numbers), "rows") as advance:
+            for number in numbers:
+                rows.append(_row(engine, model, number, prompt, tokens, repeats))
+                advance(1)
+    finally:
+        engine.close()
     return {
         "benchmark": "requests that come at once",
         "command": f"swiftkv bench serve {path} --clients {clients} --prompt {prompt} --tokens {tokens} "
@@ -45,24 +53,16 @@ def measure(path: str, clients: str, prompt: int, tokens: int, repeats: int) -> 
     }
 
 
-def _row(model: Any, tokenizer: Any, number: int, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
+def _row(engine: GenerateEngine, model: Any, number: int, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(number)
     prompts = torch.randint(0, model.config.vocab_size, (number, prompt), generator=generator).tolist()
     requests = [GenerationRequest(ids, tokens, temperature=0) for ids in prompts]
-    engines = {
-        name: GenerateEngine(model, tokenizer, max_batch=places, max_queue=number, reuse=False)
-        for name, places in ((OURS, number), (ONE_BY_ONE, 1))
-    }
     told: dict[str, list[tuple[int, float]]] = {}
-    try:
-        cells = in_turns(
-            {name: partial(_ask, engine, requests, told, name) for name, engine in engines.items()},
-            repeats,
-            model.device,
-        )
-    finally:
-        for engine in engines.values():
-            engine.close()
+
+    def ask(name: str) -> None:
+        told[name] = asyncio.run(_answers(engine, requests, together=name == OURS))
+
+    cells = in_turns({name: partial(ask, name) for name in (OURS, ONE_BY_ONE)}, repeats, model.device)
     for name, cell in cells.items():
         if "failed" not in cell:
             counts, waits = zip(*told[name], strict=True)
@@ -72,22 +72,22 @@ def _row(model: Any, tokenizer: Any, number: int, prompt: int, tokens: int, repe
     return {"clients": number, "contenders": cells}
 
 
-def _ask(
-    engine: GenerateEngine, requests: list[GenerationRequest], told: dict[str, list[tuple[int, float]]], name: str
-) -> None:
-    """Leave in `told[name]` how many tokens each is answered with, and after how many seconds the first one comes."""
+async def _answers(
+    engine: GenerateEngine, requests: Sequence[GenerationRequest], *, together: bool
+) -> list[tuple[int, float]]:
+    """How many tokens each is answered with, and how long after all have come its first one does."""
+    began = time.perf_counter()
 
     async def read(request: GenerationRequest) -> tuple[int, float]:
-        began, first, count = time.perf_counter(), 0.0, 0
+        first, count = 0.0, 0
         async for _ in engine.submit(request):
             first = first if count else time.perf_counter() - began
             count += 1
         return count, first
 
-    async def all_of_them() -> list[tuple[int, float]]:
+    if together:
         return await asyncio.gather(*map(read, requests))
-
-    told[name] = asyncio.run(all_of_them())
+    return [await read(request) for request in requests]
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -272,12 +272,12 @@ def decode(
     _finish(measure(checkpoint, base, batch, context, repeats), output, as_json, draw_decode)
 
 
-@app.command("serve", epilog=example("swiftkv bench serve outputs/quickstart/checkpoint --clients 1,8"))
+@app.command("serve", epilog=example("swiftkv bench serve outputs/quickstart/checkpoint --clients 1,16"))
 def serve(
     model: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
-    clients: Annotated[str, typer.Option(help="Requests that come at once, separated by commas.")] = "1,2,4,8,16",
+    clients: Annotated[str, typer.Option(help="Requests that come at once, separated by commas.")] = "1,4,16",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 3,
     output: OutputOption = None,
     as_json: Json = False,

@@ -9,9 +9,11 @@ import copy
 import pytest
 import torch
 from naive_streaming import naive_streaming_logits
+from transformers import DynamicCache
 
 from swiftkv_kernels import backends
 from swiftkv_models import SharedPrefix, SinkWindowCache, rewrite, segment_cache, use_exact_positions
+from swiftkv_models.row_caches import RowCaches
 from tiny import random_ids, randomise_tail, tiny_llama
 
 CLOSE = {"rtol": 0, "atol": 1e-3}
@@ -76,5 +78,24 @@ def test_quantised(models, place, quantization, tolerance):
     assert 1e-4 < error < tolerance, error
 
 
+@torch.no_grad()
+def test_rows_with_a_cache_of_their_own(models, place):
+    """A dense one and a stream, of different length, step by step in one forward."""
+    exact, model = models
+    rows = [random_ids(9, seed=3), random_ids(12, seed=4)]
+    caches = [DynamicCache(config=model.config), SinkWindowCache(model.config, window=4, attention_sinks=2)]
+    for ids, cache in zip(rows, caches, strict=True):
+        feed(model, ids[None, :-3], cache, [len(ids) - 3])
+    found = []
+    for step in (-3, -2, -1):
+        last = torch.stack([ids[step] for ids in rows])[:, None].to(place.device)
+        positions = torch.tensor([[cache.get_seq_length()] for cache in caches], device=place.device)
+        together = RowCaches(model.config, caches)
+        found.append(model(last, position_ids=positions, past_key_values=together, use_cache=True).logits[:, 0])
+    found = torch.stack(found, dim=1).cpu().double()
+    torch.testing.assert_close(found[0], exact(rows[0][None], use_cache=False).logits[0, -3:], **CLOSE)
+    torch.testing.assert_close(found[1], naive_streaming_logits(exact, rows[1], 4, 2)[-3:], **CLOSE)
+
+
 def test_through_triton_in_a_child_process(run_interpreted):
-    assert run_interpreted(__file__) == 8
+    assert run_interpreted(__file__) == 10
