@@ -385,12 +385,13 @@ def main() -> None:
     file, *rest = given.arguments
     overrides = [argument for argument in rest if "=" in argument]
     names = [argument for argument in rest if "=" not in argument]
-    if not names:
-        grouped = load_recipe(file, overrides).rewrite
-        alone = grouped.key_value_group_size == 1 and grouped.key_value_groups is None
-        names = [name for name, idea in IDEAS.items() if not (alone and idea.of_groups)]
+    grouped = load_recipe(file, overrides).rewrite
+    alone = grouped.key_value_group_size == 1 and grouped.key_value_groups is None
     if unknown := next((name for name in names if name not in IDEAS), None):
         raise UserError(f"there is no idea {unknown}; there are {', '.join(IDEAS)}")
+    if idle := next((name for name in names if alone and IDEAS[name].of_groups), None):
+        raise UserError(f"{idle} is about layers that share K/V, which recipe {file} has none of")
+    names = names or [name for name, idea in IDEAS.items() if not (alone and idea.of_groups)]
     recipes, settings = {}, {}
     for name in dict.fromkeys(["as_it_is", *names]):
         changes = [*overrides, *IDEAS[name].overrides]

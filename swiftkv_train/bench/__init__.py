@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from swiftkv_train.allocator import keep_freed_memory
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.results import check_target, plot_of, to_json, write_result
 
-DRAWN = ("decode", "kv-memory", "prefill", "quality", "relay", "stream")  # what bench/plots.py has a picture of
+# What bench/plots.py has a picture of.
+DRAWN = ("decode", "kv-memory", "prefill", "quality", "relay", "serve", "sinks", "stream")
 
 
 def check_output(benchmark: str, output: Path) -> None:
@@ -45,7 +47,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, RunError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:

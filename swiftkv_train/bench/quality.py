@@ -131,6 +131,7 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
         "which of data.train's names are measured on": sorted(
             {source.name for source in data.train} & {source.name for source in data.held_out}
         ),
+        "training.steps x training.batch_size": training.steps * training.batch_size,
         "data.seed": data.seed,
         "training.seed": training.seed,
     }

@@ -101,6 +101,10 @@ def test_what_a_signal_has_stopped_goes_on_where_it_was(bench, result_of, varian
         (["training.steps=2"], "give the recipes to compare"),
         (["calibrated.yaml", "calibrated.yaml"], "two recipes are named calibrated"),
         (["calibrated.yaml", "other.yaml"], "calibrated and other cannot be compared: data.sequence_length differs"),
+        (
+            ["calibrated.yaml", "longer.yaml"],
+            "calibrated and longer cannot be compared: training.steps x training.batch_size differs",
+        ),
         (["calibrated.yaml", "none.yaml"], "recipe none.yaml does not exist"),
         (["recipe.yaml"], "recipe recipe.yaml names no data.test to measure on"),
         (["calibrated.yaml", "--on", "train"], "--on 'train' is not known; use test or held_out"),
@@ -108,6 +112,7 @@ def test_what_a_signal_has_stopped_goes_on_where_it_was(bench, result_of, varian
 )
 def test_wrong_input_is_one_line_and_status_2(bench, variants, arguments, says):
     Path("other.yaml").write_text("extends: calibrated.yaml\ndata: {sequence_length: 32}\n")
+    Path("longer.yaml").write_text("extends: calibrated.yaml\ntraining: {steps: 99}\n")
     status, out, error = bench("quality", *arguments)
     assert (status, out) == (2, "")
     assert says in error
@@ -150,5 +155,9 @@ def test_ideas_are_what_they_say(variants):
         assert variant["settings"]["idea"] != "none"
         assert variant["points"][-1]["sources"] != first["points"][-1]["sources"], variant["name"]
     wrong = subprocess.run([*command, "no_such_idea"], capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "there is no idea no_such_idea" in wrong.stderr
+    alone = [part for part in command if "group_size" not in part]
+    wrong = subprocess.run([*alone, "rows"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "rows is about layers that share K/V" in wrong.stderr
