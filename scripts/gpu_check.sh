@@ -58,6 +58,7 @@ PY
 
 # Most of the time of a native kernel test goes into compiling it, on one core: so in shards side by side.
 shards="$(nproc)"
+[ "$shards" -le 16 ] || shards=16  # each has a CUDA context, which takes memory
 pids=()
 test_in_background() {  # LOG PLACES...
     timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider "${@:2}" > "$results/pytest.$1.log" 2>&1 &

@@ -98,6 +98,8 @@ class SinkWindowCache(Cache):
         attention_mask: torch.Tensor | None = None,
         quantization: str | None = None,
     ):
+        if not isinstance(config, PretrainedConfig):
+            raise ValueError(f"give the model's configuration, model.config, not a {type(config).__name__}")
         try:
             sizes = operator.index(window), operator.index(attention_sinks)
         except TypeError:
@@ -108,7 +110,7 @@ class SinkWindowCache(Cache):
                 f"{window!r} and {attention_sinks!r}"
             )
         window, attention_sinks = sizes
-        if quantization is not None and quantization not in QUANTIZATIONS:
+        if quantization is not None and quantization not in list(QUANTIZATIONS):
             raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
         if getattr(config, "sliding_window", None) is not None or "sliding_attention" in (
             getattr(config, "layer_types", None) or ()
@@ -136,8 +138,13 @@ class SinkWindowCache(Cache):
         self.sinks: torch.Tensor | None = None
         self.are_turned = False
 
-        self.prefixes = [prefixes] if isinstance(prefixes, SharedPrefix) else list(prefixes)
+        # Perhaps of another copy of this code.
+        given: Any = [prefixes] if hasattr(prefixes, "token_ids") else prefixes or ()
+        self.prefixes: list[SharedPrefix] = list(given)
+        if not all(hasattr(prefix, "token_ids") for prefix in self.prefixes):
+            raise ValueError("prefixes must be SharedPrefixes; see SharedPrefix.from_text")
         self.prefix_groups: Any = None  # [B] int32, the prefix that a row begins with; -1: none
+        self.own_columns: Any = None  # [B] int64, of the input_ids, at which tokens of the row's own begin
         self.prefix_lengths: Any = None  # [M] int32
         self.shares = False  # whether rows read prefixes where they are; else each has a copy in its sinks' slots
         self.own_sinks = attention_sinks  # of a row that begins with no prefix
@@ -147,20 +154,20 @@ class SinkWindowCache(Cache):
         use_segment_attention(config)
 
     def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-        groups, self.first_column = assign_prefixes(self.prefixes, input_ids, attention_mask)
+        groups, own_columns = assign_prefixes(self.prefixes, input_ids, attention_mask)
         for prefix in self.prefixes:
             check_form(prefix, form_of(self.config), len(self.segments))
             if len(prefix) < self.attention_sinks:
                 raise ValueError(
                     f"a prefix of {len(prefix)} tokens cannot stand for {self.attention_sinks} attention_sinks"
                 )
-        self.columns = self.first_column
         used, groups = groups.unique(return_inverse=True)  # others need not be held
         groups = (groups - int((used < 0).any())).int()
         self.prefixes = [self.prefixes[index] for index in used.tolist() if index >= 0]
         if not self.prefixes:
             return
-        self.prefix_groups = groups
+        self.columns = self.first_column = int(own_columns.min())  # what lies in padding or prefixes in every row
+        self.prefix_groups, self.own_columns = groups, own_columns
         lengths = [len(prefix) for prefix in self.prefixes]
         self.prefix_lengths = torch.tensor(lengths, dtype=torch.int32)
         keys = self.prefixes[0].keys[0]
@@ -257,6 +264,7 @@ class SinkWindowCache(Cache):
             copies = batch // len(self.prefix_groups)  # beams, or several answers to a prompt
             groups = self.prefix_groups.repeat_interleave(copies)
             self.prefix_groups, self.prefix_lengths = groups.to(device), self.prefix_lengths.to(device)
+            self.own_columns = self.own_columns.repeat_interleave(copies).to(device)
         self._forget()
 
     def _forget(self) -> None:
@@ -345,7 +353,17 @@ class SinkWindowCache(Cache):
             kept = attention_mask[:, -tokens:].to(device).bool()
         if self.prefix_groups is not None:  # rows that have no tokens of their own yet may bring some of the prefix's
             begins = (lengths == self.pinned[:, None]) & (self.prefix_groups >= 0)[:, None]
-            kept = kept & ~(begins & (positions < lengths))
+            of_prefix = begins & (positions < lengths)
+            if tokens > 1 or readable_for_free(self.lengths):
+                columns = self.columns + torch.arange(tokens, device=device)
+                wrong = (of_prefix & kept & (columns >= self.own_columns[:, None])).any(1)
+                if wrong.any():
+                    row = int(wrong.nonzero()[0])
+                    raise ValueError(
+                        f"row {row}: the prompt must be the input_ids that this cache was made for, which go on behind "
+                        f"a prefix of {int(self.lengths[row])} tokens"
+                    )
+            kept = kept & ~of_prefix
         if tokens == 1 and not readable_for_free(self.lengths):
             return torch.where(kept, positions, -1)
         goes_on = (positions == lengths + kept.cumsum(1) - 1) | ~kept
@@ -440,6 +458,14 @@ class SinkWindowCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After pickling, which parts views, the layers' slots are the storage's again."""
+        self.__dict__.update(state)
+        if self.storage is not None:
+            for index, layer in enumerate(self.segments):
+                parts = (None if part is None else part[index] for part in self.storage)
+                layer.keys, layer.values, layer.key_scale, layer.value_scale = parts
+
     def reset(self) -> None:
         """Forget everything but the shared prefixes. What was allocated stays."""
         self.columns, self.step, self.unfinished = self.first_column, None, False
@@ -452,7 +478,7 @@ class SinkWindowCache(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._turn_sinks_back()
         super().reorder_cache(beam_idx)
-        for tensor in (self.positions, self.lengths, self.pinned, self.prefix_groups):
+        for tensor in (self.positions, self.lengths, self.pinned, self.prefix_groups, self.own_columns):
             if tensor is not None:
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 

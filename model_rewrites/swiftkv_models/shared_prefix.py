@@ -47,7 +47,10 @@ class SharedPrefix:
     @torch.no_grad()
     def from_ids(cls, model: Any, token_ids: Sequence[int] | torch.Tensor) -> SharedPrefix:
         """Run `model`, base or SwiftKV, over the tokens once. Raises ValueError where there are none."""
-        ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
+        ids = torch.as_tensor(token_ids, device=model.device)
+        if ids.ndim > 1 and len(ids) != 1:
+            raise ValueError(f"a shared prefix is of one row of tokens, not {tuple(ids.shape)}")
+        ids = ids.reshape(1, -1)
         if ids.shape[1] == 0:
             raise ValueError("a shared prefix needs at least one token")
         cache = DynamicCache(config=model.config)
@@ -121,13 +124,13 @@ def check_form(prefix: SharedPrefix, form: dict[str, Any], layers: int) -> None:
 
 def assign_prefixes(
     prefixes: Sequence[SharedPrefix], input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, int]:
-    """Each row's prefix, and how many columns of the rows lie in padding or prefixes in every row.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's prefix, and how many of its columns lie in padding or in that.
 
     Of several prefixes that a row begins with it takes the longest that leaves it a token of its own.
 
     Returns:
-        groups [B] int32, index into `prefixes` or -1; number of leading columns of `input_ids` that need not be run.
+        groups [B] int32, index into `prefixes` or -1; columns [B] int64, behind which a row's own tokens begin.
 
     Raises:
         ValueError: input_ids are missing or no [B, T], the mask is of another shape, or padding is not on the left.
@@ -154,7 +157,7 @@ def assign_prefixes(
         groups.append(group)
         padding = len(row) - len(tokens)
         columns.append(padding + len(prefixes[group]) if group >= 0 else padding)
-    return torch.tensor(groups, dtype=torch.int32), min(columns) if max(groups, default=-1) >= 0 else 0
+    return torch.tensor(groups, dtype=torch.int32), torch.tensor(columns)
 
 
 def sharing_pays(groups: Sequence[int], lengths: Sequence[int], token_numbers: int, device: torch.device) -> bool:

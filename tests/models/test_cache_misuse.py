@@ -4,7 +4,9 @@ positions, other modes of torch.
 fp64 models, unless a test says otherwise: two ways through our own code differ by rounding only.
 """
 
+import copy
 import importlib
+import pickle
 import sys
 
 import pytest
@@ -378,6 +380,50 @@ def test_models_whose_positions_are_not_llamas(config):
 def test_sizes_are_whole_numbers(sizes):
     with pytest.raises(ValueError, match="window must be a whole number of at least 1 and attention_sinks of at least"):
         SinkWindowCache(swiftkv_model().config, **sizes)
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_not_longer_than_its_prefix():
+    swiftkv = swiftkv_model()
+    prefix = SharedPrefix.from_ids(swiftkv, random_ids(20))
+    ids = torch.cat([torch.tensor(prefix.token_ids), random_ids(9, seed=1)])[None]
+    for pays in (True, False):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("swiftkv_models.segment_cache.sharing_pays", lambda *_, pays=pays: pays)
+            for length in (15, 20):
+                cache = SinkWindowCache(swiftkv.config, window=16, prefixes=prefix, input_ids=ids)
+                with pytest.raises(ValueError, match="row 0: the prompt must be the input_ids"):
+                    swiftkv.generate(ids[:, :length], past_key_values=cache, max_new_tokens=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_copy_goes_on_as_the_cache_does(copied, quantization):
+    """Beyond the window, where sinks are turned in the room of all layers."""
+    swiftkv = swiftkv_model()
+    ids = random_ids(1, 24)
+    cache = SinkWindowCache(swiftkv.config, window=6, attention_sinks=2, quantization=quantization)
+    for part in ids[:, :20].split(5, dim=1):
+        swiftkv(part, past_key_values=cache, use_cache=True)
+    other = copied(cache)
+    for token in ids[:, 20:].split(1, dim=1):
+        wanted, found = (swiftkv(token, past_key_values=one, use_cache=True).logits for one in (cache, other))
+        assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_what_is_no_prefix_and_no_configuration():
+    swiftkv = swiftkv_model()
+    with pytest.raises(ValueError, match="of one row of tokens, not \\(2, 10\\)"):
+        SharedPrefix.from_ids(swiftkv, random_ids(2, 10))
+    for wrong in ("hi", [[1, 2, 3]]):
+        with pytest.raises(ValueError, match="prefixes must be SharedPrefixes"):
+            SinkWindowCache(swiftkv.config, window=4, prefixes=wrong, input_ids=random_ids(1, 4))
+    with pytest.raises(ValueError, match=r"model\.config, not a LlamaSwiftKVForCausalLM"):
+        SinkWindowCache(swiftkv, window=4)
+    with pytest.raises(ValueError, match="is not known; use int8 or fp8"):
+        SinkWindowCache(swiftkv.config, window=4, quantization=["int8"])
 
 
 def test_a_stream_ends_where_positions_do():
