@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from swiftkv_kernels.segment_attention_torch import attend_all
 from swiftkv_models.segment_cache import SinkWindowCache
-from swiftkv_models.segment_layer import use_segment_attention
+from swiftkv_models.segment_layer import MasklessLayer, use_segment_attention
 
 
 class RowCaches(Cache):
@@ -77,8 +77,8 @@ class _RowKeyValues:
         return torch.cat(outputs)
 
 
-class _RowsLayer(CacheLayerMixin):
-    is_sliding = False
+class _RowsLayer(MasklessLayer):
+    """A row sees all of its own."""
 
     def __init__(self, cache: RowCaches, index: int):
         super().__init__()
@@ -92,12 +92,3 @@ class _RowsLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return max(cache.get_seq_length() for cache in self.cache.caches)
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:  # its name before transformers 5.20 or so
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return 0, 0  # no mask is made: a row sees all of its own

@@ -155,8 +155,9 @@ class SinkWindowCache(Cache):
 
     def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         groups, own_columns = assign_prefixes(self.prefixes, input_ids, attention_mask)
+        form = form_of(self.config)
         for prefix in self.prefixes:
-            check_form(prefix, form_of(self.config), len(self.segments))
+            check_form(prefix, form, len(self.segments))
             if len(prefix) < self.attention_sinks:
                 raise ValueError(
                     f"a prefix of {len(prefix)} tokens cannot stand for {self.attention_sinks} attention_sinks"
@@ -222,8 +223,7 @@ class SinkWindowCache(Cache):
         storage = self.allocate(leading, size, states.dtype, states.device)
         try:
             for index, layer in enumerate(self.segments):
-                keys, values, key_scale, value_scale = (None if part is None else part[index] for part in storage)
-                layer.adopt(keys, values, key_scale, value_scale)
+                layer.adopt(*_of_layer(storage, index))
         except BaseException:  # no memory for a prefix's copy, Ctrl-C: all of them or none
             for layer in self.segments:
                 layer.is_initialized = False
@@ -463,8 +463,7 @@ class SinkWindowCache(Cache):
         self.__dict__.update(state)
         if self.storage is not None:
             for index, layer in enumerate(self.segments):
-                parts = (None if part is None else part[index] for part in self.storage)
-                layer.keys, layer.values, layer.key_scale, layer.value_scale = parts
+                layer.keys, layer.values, layer.key_scale, layer.value_scale = _of_layer(self.storage, index)
 
     def reset(self) -> None:
         """Forget everything but the shared prefixes. What was allocated stays."""
@@ -491,6 +490,14 @@ class SinkWindowCache(Cache):
         raise ValueError("the rows of a SinkWindowCache do not change; make one for as many rows as there will be")
 
     batch_select_indices = batch_repeat_interleave
+
+
+def _of_layer(storage: Held, index: int) -> Held:
+    """A layer's slots and scales, views of those of all layers."""
+    keys, values, key_scale, value_scale = storage
+    if key_scale is None or value_scale is None:
+        return keys[index], values[index], None, None
+    return keys[index], values[index], key_scale[index], value_scale[index]
 
 
 def readable_for_free(tensor: torch.Tensor) -> bool:

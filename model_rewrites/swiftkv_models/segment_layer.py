@@ -72,14 +72,28 @@ class KeyValues:
         return self.layer.attend(query, self, step, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-class SegmentLayer(CacheLayerMixin):
-    """Slots [B, G, N + 1, C] of K and V, with fp32 scales [B, G, N + 1] where they are quantised.
-
-    The last slot takes what is dropped. The first S hold sinks, the others the window, in no order.
-    """
+class MasklessLayer(CacheLayerMixin):
+    """A cache's layer whose attention knows what is visible, without end."""
 
     is_sliding = False
     is_compileable = False
+
+    def get_max_length(self) -> int:
+        return -1  # a stream has no end
+
+    def get_max_cache_shape(self) -> int:  # its name before transformers 5.20 or so
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return 0, 0  # no mask is made
+
+
+class SegmentLayer(MasklessLayer):
+    """Slots [B, G, N + 1, C] of K and V, with fp32 scales [B, G, N + 1] where they are quantised.
+
+    The last slot takes what is dropped. The first S hold sinks, the others the window, in no order. What is visible
+    follows from positions.
+    """
 
     def __init__(self, cache: SinkWindowCache, index: int):
         super().__init__()
@@ -276,15 +290,6 @@ class SegmentLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self.cache.columns
-
-    def get_max_length(self) -> int:
-        return -1  # a stream has no end
-
-    def get_max_cache_shape(self) -> int:  # its name before transformers 5.20 or so
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return 0, 0  # no mask is made: what is visible follows from positions
 
     def reset(self) -> None:
         """Empty the slots, but for copies of prefixes: what is no number would come through a weight of 0."""

@@ -9,7 +9,6 @@ checkpoint also against the base, what both do. Texts are scored whole, their K/
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +17,12 @@ import torch
 from swiftkv_models import rewrite
 from swiftkv_models.segment_cache import QUANTIZATIONS, SinkWindowCache
 from swiftkv_train.bench.baselines import allocated_bytes, cache_tensors
+from swiftkv_train.bench.texts import tokenized
 from swiftkv_train.bench.turns import this_device
-from swiftkv_train.data import tokenize_source
 from swiftkv_train.errors import UserError
 from swiftkv_train.evaluate import parse_sources
 from swiftkv_train.evaluate.speed import cache_bytes_per_token
-from swiftkv_train.loading import Model, load_model, load_tokenizer
+from swiftkv_train.loading import Model, load_model
 from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 from swiftkv_train.quality import Quality, check_finite_quality, summarise, token_measures
@@ -133,9 +132,7 @@ def _bytes_per_token(model: Model, storage: str) -> float:
 
 def _rows_of_text(source: Source, base: str, model: Model, tokens: int, length: int) -> torch.Tensor:
     """[N, length] token ids: the documents end to end, cut."""
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer, vocabulary = load_tokenizer(base), model.config.vocab_size
-        found = tokenize_source(source, tokenizer, vocab_size=vocabulary, cache_dir=scratch)
+    with tokenized(source, base, model) as found:
         ids = torch.tensor(found.tokens[:tokens], dtype=torch.long)
     rows = len(ids) // length
     if rows == 0:

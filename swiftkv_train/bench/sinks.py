@@ -7,7 +7,6 @@ it gets worse as soon as the first tokens leave the window; a dense cache does b
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from swiftkv_models.segment_cache import SinkWindowCache
+from swiftkv_train.bench.texts import tokenized
 from swiftkv_train.bench.turns import numbers_from
-from swiftkv_train.data import tokenize_source
 from swiftkv_train.errors import RunError, UserError
 from swiftkv_train.evaluate import parse_sources
-from swiftkv_train.loading import Model, load_for_inference, load_tokenizer
+from swiftkv_train.loading import Model, load_for_inference
 from swiftkv_train.machine import environment
 from swiftkv_train.progress import Reporter
 from swiftkv_train.recipe import Source
@@ -75,9 +74,7 @@ def measure(path: str, data: str, kept: str, sinks: str, tokens: int, chunk: int
 
 def _longest_document(source: Source, path: str, model: Model) -> Tensor:
     """[N] token ids."""
-    with tempfile.TemporaryDirectory() as scratch:
-        vocabulary = model.config.vocab_size
-        found = tokenize_source(source, load_tokenizer(path), vocab_size=vocabulary, cache_dir=scratch)
+    with tokenized(source, path, model) as found:
         first, last = max(zip(found.offsets[:-1], found.offsets[1:], strict=True), key=lambda ends: ends[1] - ends[0])
         return torch.tensor(found.tokens[first:last], dtype=torch.long, device=model.device)
 

@@ -34,7 +34,6 @@ from swiftkv_train.serve.one_thread import OneThread
 logger = logging.getLogger(__name__)
 
 THREAD = "swiftkv-generate"
-MAX_BATCH = 8  # requests that are answered at once
 SHORT_PIECE = 256  # tokens of a prompt that run at once while others wait for their next token
 
 
@@ -84,7 +83,7 @@ class GenerateEngine:
         tokenizer: Any,
         *,
         name: str = "swiftkv",
-        max_batch: int = MAX_BATCH,
+        max_batch: int = 8,
         max_queue: int = 64,
         context_length: int | None = None,
         reuse: bool = True,

@@ -24,7 +24,7 @@ def run_server(
     port: int = 8000,
     api_key: str | None = None,
     served_model_name: str | None = None,
-    max_batch: int | None = None,
+    max_batch: int = 8,
     max_queue: int = 64,
     max_body_bytes: int | None = None,
     max_output_tokens: int | None = None,
@@ -66,10 +66,9 @@ def run_server(
         import torch
 
         from swiftkv_models import num_parameters
-        from swiftkv_train.serve.engine import MAX_BATCH, THREAD, GenerateEngine, load_model_and_tokenizer
+        from swiftkv_train.serve.engine import THREAD, GenerateEngine, load_model_and_tokenizer
         from swiftkv_train.serve.one_thread import OneThread
 
-        max_batch = MAX_BATCH if max_batch is None else max_batch
         if threads is not None:
             torch.set_num_threads(threads)
         name = served_model_name or Path(model_dir).resolve().name

@@ -14,6 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import swiftkv_models
 from swiftkv_train.serve import GenerateEngine, create_app
 from swiftkv_train.serve.draining import DrainingServer
 
@@ -74,6 +75,16 @@ def config(vocab_size: int, **changes: Any) -> LlamaConfig:
         "bos_token_id": None,
     }
     return LlamaConfig(vocab_size=vocab_size, **(sizes | changes))
+
+
+def random_llama(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    """'base', or 'swiftkv' made of one; ready for the CPU."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made: Any = LlamaForCausalLM(config(len(tokenizer), num_hidden_layers=4, initializer_range=0.3))
+        if kind == "swiftkv":
+            made = swiftkv_models.rewrite(made, num_key_value_layers=2, key_value_group_size=2)
+    return swiftkv_models.optimize_for_cpu(made.eval())
 
 
 def successor_model(

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from serving import WAIT_S, config, wait_until
+from serving import WAIT_S, random_llama, wait_until
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-import swiftkv_models
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent
 from swiftkv_train.serve import engine as engine_module
 from swiftkv_train.serve.contract import GenerationError
@@ -20,12 +19,7 @@ COUNTS = [12, 30, 5, 20]
 
 @pytest.fixture(scope="module", params=["base", "swiftkv"])
 def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        made: Any = LlamaForCausalLM(config(len(tokenizer), num_hidden_layers=4, initializer_range=0.3))
-        if request.param == "swiftkv":
-            made = swiftkv_models.rewrite(made, num_key_value_layers=2, key_value_group_size=2)
-    return swiftkv_models.optimize_for_cpu(made.eval())
+    return random_llama(request.param, tokenizer, seed=4)
 
 
 @pytest.fixture

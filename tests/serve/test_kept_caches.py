@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import WAIT_S, config, running
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+from serving import WAIT_S, random_llama, running
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import swiftkv_models
 from swiftkv_models.shared_prefix import beginning_of_chat
@@ -25,12 +25,7 @@ FIRST = list(range(10, 50))
 
 @pytest.fixture(scope="module", params=["base", "swiftkv"])
 def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        made: Any = LlamaForCausalLM(config(len(tokenizer), num_hidden_layers=4, initializer_range=0.3))
-        if request.param == "swiftkv":
-            made = swiftkv_models.rewrite(made, num_key_value_layers=2, key_value_group_size=2)
-    return swiftkv_models.optimize_for_cpu(made.eval())
+    return random_llama(request.param, tokenizer, seed=3)
 
 
 @pytest.fixture
