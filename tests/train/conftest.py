@@ -21,10 +21,17 @@ from swiftkv_train.recipe_file import load_recipe
 
 
 @pytest.fixture(scope="session")
-def debug_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def debug_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models/debug and data/debug are, which all tests of a process share: to be copied, not changed."""
     root = tmp_path_factory.mktemp("debug")
     fetch("debug", root / "models/debug", data_dir=root / "data/debug", report=lambda text: None)
-    return root
+
+    def contents() -> dict[Path, bytes]:
+        return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    before = contents()
+    yield root
+    assert contents().items() >= before.items(), "a test changed the files that all share"
 
 
 @pytest.fixture

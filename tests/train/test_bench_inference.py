@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import statistics
 import sys
 import types
@@ -308,19 +309,19 @@ def test_flashinfer_is_given_the_same_keys_and_values(prefix, suffix, batch, cou
 @torch.no_grad()
 def test_sinks(result_of, naive_streaming):
     """Against a plain forward, and against the paper's rule in fp64."""
-    config = Path("models/debug/config.json")
+    config = Path(shutil.copytree("models/debug", "short"), "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 100}))
     rows = [json.loads(line)["text"] for line in Path("data/debug/prose.train.jsonl").read_text().splitlines()]
     texts = (rows[0], " ".join(rows[:20]))
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = ["--data", "prose=texts.jsonl", "--kept", "16,24", "--sinks", "2,0", "--tokens", "150", "--chunk", "40"]
-    result = result_of("sinks", "models/debug", *options)
+    result = result_of("sinks", "short", *options)
     dense, *others = result["rows"]
     assert [(row["kept"], row["sinks"]) for row in others] == [(16, 0), (16, 2), (24, 0), (24, 2)]
     assert (result["tokens"], result["scored_from"], result["trained_length"]) == (150, 24, 100)
 
-    model = load_model("models/debug", dtype="float32")
-    ids = load_tokenizer("models/debug")(texts[1], return_tensors="pt").input_ids[:, :150]
+    model = load_model("short", dtype="float32")
+    ids = load_tokenizer("short")(texts[1], return_tensors="pt").input_ids[:, :150]
     found = {(row["kept"], row["sinks"]): row for row in others} | {None: dense}
     logits = {key: naive_streaming(model, ids[0], key[0] - key[1], key[1]) for key in found if key is not None}
     logits[None] = model(ids, use_cache=False).logits[0]
