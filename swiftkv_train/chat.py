@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from swiftkv_models import SinkWindowCache, use_exact_positions
+from swiftkv_models import SharedPrefix, SinkWindowCache, use_exact_positions
 from swiftkv_models.shared_prefix import beginning_of_chat
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import decoding_config
-from swiftkv_train.kept_caches import KeptCaches, KeptPrefixes, KeptStreams, generate, new_stream, shared_length
+from swiftkv_train.kept_caches import (
+    SINKS,
+    KeptCaches,
+    KeptPrefixes,
+    KeptStreams,
+    generate,
+    new_stream,
+    shared_length,
+)
 from swiftkv_train.loading import Model, Tokenizer, load_config, load_for_inference, load_tokenizer, one_line
 
 
@@ -183,8 +191,17 @@ class _Conversation:
                     f"--system has {len(beginning)} tokens, which with --window {window} is longer than the context of "
                     f"{self._path}, {limit}"
                 )
-        prefixes = KeptPrefixes(model, max_entries=1)
-        return lambda ids: new_stream(model, ids, window, shared_length(beginning, ids), prefixes)[0]
+        prefixes = KeptPrefixes(limit, max_entries=1)
+
+        def new(ids: Sequence[int]) -> SinkWindowCache:
+            system = ids[: shared_length(beginning, ids)]
+            prefix = None
+            if SINKS <= len(system) < len(ids):
+                prefix = prefixes.take(system) or SharedPrefix.from_ids(model, system)
+                prefixes.keep(prefix)
+            return new_stream(model.config, window, ids, prefix)
+
+        return new
 
 
 class _StopWhen(StoppingCriteria):

@@ -1,18 +1,17 @@
 """K/V kept from one answer for the next: of a prompt that begins as an earlier one did only the rest is run.
 
-The answers are the same but for rounding, which depends on the pieces that a prompt runs in.
-A cache's tensors are never written to, only replaced by longer ones. So the beginning of a kept cache is taken as views
-of it, and the kept one stays for a conversation that began with the same tokens and went on otherwise.
+The answers are the same but for rounding, which depends on the pieces that a prompt runs in. What requests begin with
+alike, a system message or an earlier prompt, is in memory once for all of them, and read once where they are answered
+together (`GrowingCache`, `RowCaches`).
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from swiftkv_models import SharedPrefix, SinkWindowCache
+from swiftkv_models.growing_cache import GrowingCache
 
 MAX_ENTRIES = 8
 SINKS = 4  # first tokens that a stream keeps for ever
@@ -29,14 +28,14 @@ class KeptCaches:
         self._config = config
         self._max_tokens = max_tokens
         self._max_entries = max_entries
-        self._entries: list[tuple[list[int], DynamicCache]] = []  # tokens and their K/V, the last used at the end
+        self._entries: list[tuple[list[int], GrowingCache]] = []  # tokens and their K/V, the last used at the end
 
     @property
     def lengths(self) -> list[int]:
         """The tokens of each entry, the last used at the end."""
         return [len(tokens) for tokens, _ in self._entries]
 
-    def take(self, token_ids: Sequence[int]) -> DynamicCache:
+    def take(self, token_ids: Sequence[int]) -> GrowingCache:
         """A cache of as many of the prompt's first tokens as are kept, but not of its last one, which has to run.
 
         What the prompt goes on from as a whole is kept no longer: give it back by `keep`.
@@ -44,14 +43,14 @@ class KeptCaches:
         shared = [shared_length(tokens, token_ids) for tokens, _ in self._entries]
         length = min(max(shared, default=0), len(token_ids) - 1)
         if length <= 0:
-            return DynamicCache(config=self._config)
+            return GrowingCache(self._config)
         tokens, cache = self._entries.pop(max(range(len(shared)), key=lambda n: (shared[n], n)))
         if length == len(tokens):
             return cache
         self._entries.append((tokens, cache))
-        return _beginning(cache, length)
+        return cache.beginning(tokens, length)
 
-    def keep(self, token_ids: Sequence[int], cache: DynamicCache) -> None:
+    def keep(self, token_ids: Sequence[int], cache: GrowingCache) -> None:
         """Keep the K/V of those of `token_ids` that the cache holds, in place of entries that they begin with."""
         tokens = list(token_ids[: cache.get_seq_length()])
         if not 0 < len(tokens) <= self._max_tokens:
@@ -61,8 +60,14 @@ class KeptCaches:
             return
         self._entries = [entry for entry, n in zip(self._entries, shared, strict=True) if n < len(entry[0])]
         self._entries.append((tokens, cache))
-        while len(self._entries) > self._max_entries or sum(self.lengths) > self._max_tokens:
+        while len(self._entries) > self._max_entries or self._held() > self._max_tokens:
             del self._entries[0]
+
+    def _held(self) -> int:
+        """Tokens in memory: what entries share counts once."""
+        prefixes = {cache.prefix.keys[0].data_ptr(): len(cache.prefix) for _, cache in self._entries if cache.prefix}
+        own = (cache.get_seq_length() - cache.shared_tokens for _, cache in self._entries)
+        return sum(own) + sum(prefixes.values())
 
     def clear(self) -> None:
         self._entries.clear()
@@ -102,41 +107,39 @@ class KeptStreams:
 
 
 class KeptPrefixes:
-    """What `model` makes of system messages, each run once: the last used `max_entries` of them."""
+    """What a model makes of system messages: the last used, at most `max_entries` and of `max_tokens` together."""
 
-    def __init__(self, model: Any, max_entries: int = MAX_ENTRIES):
-        self._model = model
+    def __init__(self, max_tokens: int, max_entries: int = MAX_ENTRIES):
+        self._max_tokens = max_tokens
         self._max_entries = max_entries
         self._entries: dict[tuple[int, ...], SharedPrefix] = {}  # the last used at the end
 
-    def get(self, token_ids: Sequence[int]) -> tuple[SharedPrefix, bool]:
-        """The prefix of these tokens, and whether it was there."""
+    def take(self, token_ids: Sequence[int]) -> SharedPrefix | None:
+        """The prefix of just these tokens, if it is kept."""
         found = self._entries.pop(tuple(token_ids), None)
-        prefix = SharedPrefix.from_ids(self._model, token_ids) if found is None else found
-        if self._max_entries:
-            self._entries[prefix.token_ids] = prefix
-            while len(self._entries) > self._max_entries:
-                del self._entries[next(iter(self._entries))]
-        return prefix, found is not None
+        if found is not None:
+            self.keep(found)
+        return found
+
+    def keep(self, prefix: SharedPrefix) -> None:
+        if len(prefix) > self._max_tokens:
+            return
+        self._entries[prefix.token_ids] = prefix
+        while len(self._entries) > self._max_entries or sum(map(len, self._entries)) > self._max_tokens:
+            del self._entries[next(iter(self._entries))]
 
     def clear(self) -> None:
         self._entries.clear()
 
 
 def new_stream(
-    model: Any, token_ids: Sequence[int], window: int, system_tokens: int, prefixes: KeptPrefixes
-) -> tuple[SinkWindowCache, int]:
-    """A cache for a prompt whose first `system_tokens` stay for ever, or its first SINKS if those are more.
-
-    And how many of its tokens were run before.
-    """
+    config: Any, window: int, token_ids: Sequence[int], prefix: SharedPrefix | None, share: bool | None = None
+) -> SinkWindowCache:
+    """A cache for a prompt that begins with `prefix`, which stays for ever; without one, its first SINKS do."""
     options: dict[str, Any] = {}
-    was_there = False
-    if SINKS <= system_tokens < len(token_ids):
-        prefix, was_there = prefixes.get(token_ids[:system_tokens])
-        options = {"prefixes": prefix, "input_ids": torch.tensor([list(token_ids)])}
-    cache = SinkWindowCache(model.config, window=window, attention_sinks=SINKS, **options)
-    return cache, system_tokens * was_there
+    if prefix is not None:
+        options = {"prefixes": prefix, "input_ids": torch.tensor([list(token_ids)]), "share": share}
+    return SinkWindowCache(config, window=window, attention_sinks=SINKS, **options)
 
 
 def generate(
@@ -162,11 +165,3 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _beginning(cache: DynamicCache, length: int) -> DynamicCache:
-    """Views of the K/V of the first `length` tokens, of which there are more."""
-    start = copy.copy(cache)
-    start.layers = [copy.copy(layer) for layer in cache.layers]
-    start.crop(length - cache.get_seq_length())  # negative: so many less
-    return start

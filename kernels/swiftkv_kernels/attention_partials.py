@@ -85,7 +85,7 @@ def attend_rows(queries: Tensor, key: Tensor, value: Tensor, scaling: float) -> 
     """`attend` of queries [B, G, Q, C] to all keys."""
     if queries.stride(-1) != 1:
         queries = queries.contiguous()  # the operator reads whatever is beside, and does not complain
-    if has_flash(queries.dtype):
+    if queries.device.type == "cpu" and has_flash(queries.dtype):
         return getattr(torch.ops.aten, FLASH)(queries, key, value, scale=scaling)
     output, log_sum_exp = _products(queries.unsqueeze(2), Keys(key, value, None), None, None, scaling)
     return output.squeeze(2), log_sum_exp.squeeze(2)

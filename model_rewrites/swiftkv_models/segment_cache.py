@@ -35,7 +35,14 @@ from swiftkv_models.segment_layer import (
     knows_segments,
     use_segment_attention,
 )
-from swiftkv_models.shared_prefix import SharedPrefix, assign_prefixes, check_form, form_of, sharing_pays
+from swiftkv_models.shared_prefix import (
+    SharedPrefix,
+    assign_prefixes,
+    check_form,
+    form_of,
+    num_cached_layers,
+    sharing_pays,
+)
 
 MAX_TURNED_SINKS = 64
 MAX_TOKENS = 2**31 - 1  # positions are int32
@@ -77,6 +84,7 @@ class SinkWindowCache(Cache):
             sinks of their own. `attention_mask` [B, T] tells left padding. Where sharing would not pay (as many
             prefixes as rows; on CPU also few rows, or short prefixes: `sharing_pays`) the prefixes are copied into the
             rows instead; `shared_rows` is then 0. What the cache is used for must begin with these `input_ids`.
+        share: True or False decides that instead; True for rows that `RowCaches` will put beside others.
         quantization: 'int8' or 'fp8' (e4m3): K and V in 8 bits, with a scale per token and head.
 
     Raises:
@@ -96,6 +104,7 @@ class SinkWindowCache(Cache):
         prefixes: SharedPrefix | Sequence[SharedPrefix] = (),
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        share: bool | None = None,
         quantization: str | None = None,
     ):
         if not isinstance(config, PretrainedConfig):
@@ -119,8 +128,7 @@ class SinkWindowCache(Cache):
         self.window, self.attention_sinks = window, attention_sinks
         self.quantized_dtype = None if quantization is None else QUANTIZATIONS[quantization]
         self.inverse_frequencies = inverse_frequencies(config, type(self).__name__)
-        count = getattr(config, "num_cached_layers", config.num_hidden_layers)
-        self.segments = [SegmentLayer(self, index) for index in range(count)]
+        self.segments = [SegmentLayer(self, index) for index in range(num_cached_layers(config))]
         super().__init__(layers=list(self.segments))
 
         self.config, self.known_config = config, config
@@ -150,10 +158,12 @@ class SinkWindowCache(Cache):
         self.own_sinks = attention_sinks  # of a row that begins with no prefix
         self.min_pinned = attention_sinks
         if self.prefixes:
-            self._assign_prefixes(input_ids, attention_mask)
+            self._assign_prefixes(input_ids, attention_mask, share)
         use_segment_attention(config)
 
-    def _assign_prefixes(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    def _assign_prefixes(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, share: bool | None
+    ) -> None:
         groups, own_columns = assign_prefixes(self.prefixes, input_ids, attention_mask)
         form = form_of(self.config)
         for prefix in self.prefixes:
@@ -172,7 +182,9 @@ class SinkWindowCache(Cache):
         lengths = [len(prefix) for prefix in self.prefixes]
         self.prefix_lengths = torch.tensor(lengths, dtype=torch.int32)
         keys = self.prefixes[0].keys[0]
-        self.shares = sharing_pays(groups.tolist(), lengths, keys.shape[0] * keys.shape[-1], keys.device)
+        if share is None:
+            share = sharing_pays(groups.tolist(), lengths, keys.shape[0] * keys.shape[-1], keys.device)
+        self.shares = share
         everywhere = bool((groups >= 0).all())
         if everywhere:
             self.min_pinned = min(lengths)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
@@ -70,6 +70,24 @@ class KeyValues:
             query = query.to(self.values.dtype)  # under autocast RoPE leaves it in another
         step = self.layer.cache.plan(position_ids, self.tokens, attention_mask, query.dtype)
         return self.layer.attend(query, self, step, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    def behind_prefix(self, query: torch.Tensor, position_ids: torch.Tensor | None) -> BehindPrefix | None:
+        """What the query [B, H, 1, C] of a step of one token attends to, which is then written; or None, where that is
+        more than all slots and all of a prefix."""
+        if self.tokens > 1:
+            return None
+        step = self.layer.cache.plan(position_ids, 1, None, query.dtype)
+        return self.layer.behind_prefix(query, self, step)
+
+
+class BehindPrefix(NamedTuple):
+    """A step of one token whose query sees all of its rows' own K and V, and all of a prefix that they share."""
+
+    prefix_query: torch.Tensor | None  # [B, H, 1, C], if another one than the query meets the prefix
+    keys: torch.Tensor  # [B, G, N, C]
+    values: torch.Tensor
+    prefix_keys: torch.Tensor  # [1, G, P, C]
+    prefix_values: torch.Tensor
 
 
 class MasklessLayer(CacheLayerMixin):
@@ -181,7 +199,7 @@ class SegmentLayer(MasklessLayer):
         """Output [B, H, K, C] of the step's last K queries; K and V of its tokens are written, if they are not yet."""
         if new.keys is None or new.values is None:
             self._is_filled()
-            return self._attend_slots(query, step, scaling)
+            return self._attend_slots(query, new, step, scaling)
         if not self.is_initialized or self.device != new.keys.device:
             self.lazy_initialization(new.keys, new.values)
         if self.key_scale is None and self.keys.dtype != query.dtype:
@@ -193,25 +211,43 @@ class SegmentLayer(MasklessLayer):
         # The window of the last query is what the slots hold after the step; earlier ones see what it pushes out.
         if queries > 1 and not plain and new.slots_and_chunk is None:
             new.slots_and_chunk = self._slots_and_chunk(new.keys, new.values, step)
-        if not new.written:
+        self._take(new, step)
+        if queries == 1:
+            return self._attend_slots(query, new, step, scaling)
+        if new.slots_and_chunk is None:
+            return causal_attention(query, self._as_kept(new.keys), self._as_kept(new.values), scaling=scaling)
+        return self._attend(query, new.slots_and_chunk, step.chunk_key_positions, step, scaling)
+
+    def behind_prefix(self, query: torch.Tensor, new: KeyValues, step: Step) -> BehindPrefix | None:
+        """See `KeyValues.behind_prefix`."""
+        if self.prefix is None or self.key_scale is not None or not (step.all_visible and step.prefix_visible):
+            return None
+        if self.keys.dtype != query.dtype:  # which `attend` refuses
+            return None
+        self._take(new, step)
+        used = self.cache.used_slots
+        own = self.keys[:, :, :used], self.values[:, :, :used]
+        return BehindPrefix(_query_in_cache(query, step), *own, self.prefix.key, self.prefix.value)
+
+    def _take(self, new: KeyValues, step: Step) -> None:
+        """Write a step's K and V, if they are not yet."""
+        if new.keys is not None and new.values is not None and not new.written:
             if step.slot is not None and self.key_scale is None:
                 self.keys[:, :, step.slot] = new.keys[:, :, 0]
                 self.values[:, :, step.slot] = new.values[:, :, 0]
             else:
                 self._write(new.keys, new.values, step.slots)
             new.written = True
-            self._is_filled()
-        if queries == 1:
-            return self._attend_slots(query, step, scaling)
-        if new.slots_and_chunk is None:
-            return causal_attention(query, self._as_kept(new.keys), self._as_kept(new.values), scaling=scaling)
-        return self._attend(query, new.slots_and_chunk, step.chunk_key_positions, step, scaling)
+        self._is_filled()
 
     def _is_filled(self) -> None:
         if self.index == len(self.cache.segments) - 1:
             self.cache.unfinished = False
 
-    def _attend_slots(self, query: torch.Tensor, step: Step, scaling: float) -> torch.Tensor:
+    def _attend_slots(self, query: torch.Tensor, new: KeyValues, step: Step, scaling: float) -> torch.Tensor:
+        seen = self.behind_prefix(query, new, step)
+        if seen is not None:
+            return attend_shared(query, *seen, scaling)
         used = self.cache.used_slots
         held = (
             self.keys[:, :, :used],
@@ -219,12 +255,8 @@ class SegmentLayer(MasklessLayer):
             None if self.key_scale is None else self.key_scale[:, :, :used],
             None if self.value_scale is None else self.value_scale[:, :, :used],
         )
-        if step.all_visible and self.key_scale is None:
-            if self.prefix is None and step.rotation is None:
-                return attend_all(query, held[0], held[1], scaling)
-            if self.prefix is not None and step.prefix_visible:
-                turned = _query_in_cache(query, step)
-                return attend_shared(query, turned, *held[:2], self.prefix.key, self.prefix.value, scaling)
+        if step.all_visible and self.key_scale is None and self.prefix is None and step.rotation is None:
+            return attend_all(query, held[0], held[1], scaling)
         positions = None if step.all_visible else self.cache.positions[:, :used]
         return self._attend(query, held, positions, step, scaling)
 

@@ -102,6 +102,11 @@ def form_of(config: Any) -> dict[str, Any]:
     return form | {"head_dim": form["head_dim"] or config.hidden_size // config.num_attention_heads}
 
 
+def num_cached_layers(config: Any) -> int:
+    """How many layers a model, base or SwiftKV, caches K/V of."""
+    return int(getattr(config, "num_cached_layers", config.num_hidden_layers))
+
+
 def check_form(prefix: SharedPrefix, form: dict[str, Any], layers: int) -> None:
     """Raises ValueError unless a model of this `form`, which caches that many layers, may read the prefix."""
     if len(prefix.keys) != layers:

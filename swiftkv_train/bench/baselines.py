@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from swiftkv_models import GROUPED
 from swiftkv_models.segment_cache import SinkWindowCache
 from swiftkv_models.segment_layer import KeyValues
+from swiftkv_models.shared_prefix import num_cached_layers
 from swiftkv_train.bench.memory import most_allocated
 from swiftkv_train.loading import Model
 
@@ -46,10 +47,6 @@ def random_key_values(model: Model, batch: int, tokens: int) -> Tensor:
     shape = (batch, config.num_key_value_heads, min(tokens, BLOCK), config.head_dim)
     drawn = torch.randn(shape, dtype=model.dtype, device=model.device)
     return drawn.repeat(1, 1, -(-tokens // BLOCK), 1)[:, :, :tokens]
-
-
-def cached_layers(model: Model) -> int:
-    return getattr(model.config, "num_cached_layers", model.config.num_hidden_layers)
 
 
 class Stream(ABC):
@@ -206,7 +203,7 @@ class Dense(Growing):
 
     def reach(self, tokens: int, chunk: int = 256) -> None:
         states = random_key_values(self.model, self.batch, tokens - self.cache.get_seq_length())
-        for layer in range(cached_layers(self.model)):
+        for layer in range(num_cached_layers(self.model.config)):
             self.cache.update(states, states, layer)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from swiftkv_models import rewrite
 from swiftkv_models.segment_cache import QUANTIZATIONS, SinkWindowCache
+from swiftkv_models.shared_prefix import num_cached_layers
 from swiftkv_train.bench.baselines import allocated_bytes, cache_tensors
 from swiftkv_train.bench.texts import tokenized
 from swiftkv_train.bench.turns import this_device
@@ -91,7 +92,7 @@ def _memory(base: Model) -> list[dict[str, Any]]:
     ]
     rows = []
     for model in (base, *forms):
-        cached = getattr(model.config, "num_cached_layers", layers)
+        cached = num_cached_layers(model.config)
         for storage in STORAGES:
             found = _bytes_per_token(model, storage)
             rows.append(

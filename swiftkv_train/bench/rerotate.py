@@ -25,7 +25,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from swiftkv_kernels.segment_attention_torch import attend_all
 from swiftkv_models.rope import inverse_frequencies, rotate, rotation
-from swiftkv_train.bench.baselines import Growing, cached_layers, random_key_values
+from swiftkv_models.shared_prefix import num_cached_layers
+from swiftkv_train.bench.baselines import Growing, random_key_values
 from swiftkv_train.loading import Model
 
 
@@ -79,7 +80,7 @@ class StartRecentCache(Cache):
 
     def __init__(self, model: Model, window: int, sinks: int, published: bool):
         self.size, self.sinks, self.kept, self.published = sinks + window, sinks, 0, published
-        super().__init__(layers=[StartRecentLayer(self) for _ in range(cached_layers(model))])
+        super().__init__(layers=[StartRecentLayer(self) for _ in range(num_cached_layers(model.config))])
         positions = torch.arange(self.size, device=model.device)
         cos, sin = rotation(inverse_frequencies(model.config, type(self).__name__), positions)
         self.rotations = cos[None].to(model.dtype), sin[None].to(model.dtype)

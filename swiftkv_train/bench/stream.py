@@ -15,7 +15,8 @@ import psutil
 import torch
 
 from swiftkv_models.rope import use_exact_positions
-from swiftkv_train.bench.baselines import Dense, Ours, OursGraphed, Recompute, Stream, cached_layers
+from swiftkv_models.shared_prefix import num_cached_layers
+from swiftkv_train.bench.baselines import Dense, Ours, OursGraphed, Recompute, Stream
 from swiftkv_train.bench.rerotate import ReRotate, ReRotatePublished
 from swiftkv_train.bench.turns import (
     OURS,
@@ -168,7 +169,7 @@ def _attention(streams: dict[str, Stream], repeats: int) -> dict[str, Any]:
     }
     cells = in_turns(works, repeats, model.device)
     compare(cells)
-    return {"window": ours.window, "layers": cached_layers(model), "contenders": cells}
+    return {"window": ours.window, "layers": num_cached_layers(model.config), "contenders": cells}
 
 
 def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def create_app(
     @app.post("/v1/chat/completions", dependencies=keyed, response_model=None)
     async def chat_completions(request: Request) -> Response:
         def prompt_of(body: ChatCompletionRequest) -> Prompt:
-            return chat_prompt(engine.tokenizer, body, info)
+            return chat_prompt(engine.tokenizer, body)
 
         return await answer(request, ChatCompletionRequest, prompt_of, ChatReply(info.name))
 

@@ -34,7 +34,7 @@ class GenerationRequest:
     repetition_penalty: float | None = None
     stop: Sequence[str] = ()
     seed: int | None = None  # None: a fresh one
-    system_tokens: int = 0  # of the prompt's first ones, what the system's messages make; a stream keeps them for ever
+    system_tokens: int = 0  # of the prompt's first ones, what the system's messages make: run once for all requests
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ class ModelInfo:
     vocab_size: int
     default_temperature: float = 1.0
     default_top_p: float = 1.0
-    streams: bool = False  # whether conversations go on without end
 
 
 class TokenStream(Protocol):

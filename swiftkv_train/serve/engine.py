@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from swiftkv_models import use_exact_positions
+from swiftkv_models import SharedPrefix, use_exact_positions
+from swiftkv_models.growing_cache import GrowingCache
 from swiftkv_models.row_caches import RowCaches
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
 from swiftkv_train.generation_settings import default_temperature
-from swiftkv_train.kept_caches import MAX_ENTRIES, PIECE, KeptCaches, KeptPrefixes, KeptStreams, new_stream
+from swiftkv_train.kept_caches import MAX_ENTRIES, PIECE, SINKS, KeptCaches, KeptPrefixes, KeptStreams, new_stream
 from swiftkv_train.loading import load_config, load_for_inference, load_tokenizer
 from swiftkv_train.serve.contract import (
     EngineStats,
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 THREAD = "swiftkv-generate"
 SHORT_PIECE = 256  # tokens of a prompt that run at once while others wait for their next token
+LEAST_SHARED = (
+    128  # tokens of a system's messages that rows read together; fewer are copied for each sooner than merged
+)
 
 
 def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
@@ -69,12 +73,12 @@ class GenerateEngine:
     Prompts run one after another, in pieces; with every piece all answers under way get a token, in one forward
     (continuous batching). At most `max_queue` more requests wait for a place. Sampling settings that a request leaves
     out come from the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With
-    `reuse` the K/V of up to that many tokens are kept for later requests that begin alike. With a `window` every
-    request has a cache of the last `window` tokens and the system's messages, or the first SINKS tokens where there are
-    none, or more of them than `window` or than it leaves of the model's context: there is no context length then but
-    the one that is given, and with `reuse` a few such caches are kept for prompts that go on from all of one, and K/V
-    of a few systems' messages for new ones. A cancelled request stops at its next token, or before the next piece of
-    its prompt.
+    `reuse` the K/V of up to that many tokens are kept for later requests that begin alike, and as many of systems'
+    messages, which are in memory once for all requests that have them. With a `window` every request has a cache of the
+    last `window` tokens and the system's messages, or the first SINKS tokens where there are none, or more of them than
+    `window` or than it leaves of the model's context: there is no context length then but the one that is given, and
+    with `reuse` a few such caches are kept for prompts that go on from all of one. A cancelled request stops at its
+    next token, or before the next piece of its prompt.
     """
 
     def __init__(
@@ -106,7 +110,6 @@ class GenerateEngine:
             vocab_size=int(model.get_input_embeddings().num_embeddings),
             default_temperature=default_temperature(model.generation_config),
             default_top_p=1.0 if model.generation_config.top_p is None else float(model.generation_config.top_p),
-            streams=window is not None,
         )
         self._kept: KeptCaches | KeptStreams
         if window is None:
@@ -115,8 +118,11 @@ class GenerateEngine:
             use_exact_positions(model)
             self._kept = KeptStreams(MAX_ENTRIES if reuse else 0)
         self._window = window or 0
-        self._most_pinned = min(self._window, own - self._window)  # of a system's messages: memory has an end
-        self._prefixes = KeptPrefixes(model, MAX_ENTRIES if reuse else 0)
+        # How many tokens of a system's messages are a prefix. A stream keeps them for ever, and memory has an end.
+        self._shared_system = range(LEAST_SHARED, own) if reuse else range(0)
+        if window is not None:
+            self._shared_system = range(SINKS, min(window, own - window) + 1)
+        self._prefixes = KeptPrefixes(own if reuse else 0)
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)
@@ -201,15 +207,15 @@ class GenerateEngine:
                 new = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
                 self._running += new
                 self._count(prompt_tokens=sum(len(job.request.prompt_token_ids) for job in new))
-            for job in new:
-                if not job.cancelled:
-                    with self._failing([job]):
-                        answers[job] = self._begin(job)
             speaking = [job for job, answer in answers.items() if answer.generated and not answer.done]
-            unread = [job for job, answer in answers.items() if not (answer.generated or answer.done)]
+            unread = [
+                job for job in self._running if not (job.cancelled or (job in answers and answers[job].generated))
+            ]
             logits: dict[Job, torch.Tensor] = {}
             with self._failing(unread[:1]):
                 for job in unread[:1]:
+                    if job not in answers:  # what is kept by now may be the one's before it
+                        answers[job] = self._begin(job)
                     logits |= self._read(job, answers[job], SHORT_PIECE if speaking else PIECE)
             with self._failing(speaking):
                 logits |= self._step({job: answers[job] for job in speaking})
@@ -232,21 +238,40 @@ class GenerateEngine:
                 job.failed = True
 
     def _begin(self, job: Job) -> Answer:
-        prompt = job.request.prompt_token_ids
+        prompt, system_tokens = job.request.prompt_token_ids, job.request.system_tokens
+        if system_tokens not in self._shared_system or system_tokens >= len(prompt):
+            system_tokens = 0
         cache: Any = self._kept.take(prompt)
-        if cache is not None:
-            return Answer(job, self._model, self._decoding_tokenizer, cache, cache.get_seq_length())
-        system_tokens = job.request.system_tokens if job.request.system_tokens <= self._most_pinned else 0
-        stream = new_stream(self._model, prompt, self._window, system_tokens, self._prefixes)
-        return Answer(job, self._model, self._decoding_tokenizer, *stream)
+        known = 0 if cache is None else cache.get_seq_length()
+        unread_prefix = 0
+        if cache is None or known < system_tokens:
+            prefix = self._prefixes.take(prompt[:system_tokens]) if system_tokens else None
+            if prefix is not None or not system_tokens:
+                cache, known = self._new_cache(prompt, prefix), system_tokens
+            else:
+                cache, unread_prefix = cache or GrowingCache(self._model.config), system_tokens
+        return Answer(job, self._model, self._decoding_tokenizer, cache, known, unread_prefix)
+
+    def _new_cache(self, prompt: Sequence[int], prefix: SharedPrefix | None) -> Any:
+        """For a prompt that begins with `prefix`."""
+        if not self._window:
+            return GrowingCache(self._model.config, prefix)
+        share = True if prefix is not None and len(prefix) >= LEAST_SHARED else None
+        return new_stream(self._model.config, self._window, prompt, prefix, share)
 
     @torch.no_grad()
     def _read(self, job: Job, answer: Answer, size: int) -> dict[Job, torch.Tensor]:
         """Run the next `size` tokens of a prompt; the logits [1, V] behind its last one."""
-        begin = answer.cache.get_seq_length()
-        piece = answer.tokens[:, begin : begin + size]
+        begin, last = answer.cache.get_seq_length(), answer.tokens.shape[1]
+        end = min(begin + size, answer.unread_prefix or last)
+        piece = answer.tokens[:, begin:end]
         logits = self._model(input_ids=piece, past_key_values=answer.cache, use_cache=True, logits_to_keep=1).logits
-        return {job: logits[:, -1]} if begin + piece.shape[1] == answer.tokens.shape[1] else {}
+        if end == answer.unread_prefix:
+            prompt = job.request.prompt_token_ids
+            prefix = answer.cache.as_prefix(prompt, end)
+            self._prefixes.keep(prefix)
+            answer.cache, answer.unread_prefix = self._new_cache(prompt, prefix), 0
+        return {job: logits[:, -1]} if end == last else {}
 
     @torch.no_grad()
     def _step(self, answers: dict[Job, Answer]) -> dict[Job, torch.Tensor]:
@@ -268,7 +293,7 @@ class GenerateEngine:
         if not (job.failed or job.cancelled or (answer is not None and answer.done)):
             return
         answers.pop(job, None)
-        if answer is not None and not job.failed:
+        if answer is not None and not (job.failed or answer.unread_prefix):
             self._kept.keep(answer.tokens[0].tolist(), answer.cache)
         finished = int(answer is not None and answer.finish_reason is not None and not job.failed)
         with self._changed:

@@ -61,9 +61,12 @@ class JobStream:
 
 
 class Answer:
-    """A request while it is answered: its tokens so far, what K/V there is of them, and how the next one is chosen."""
+    """A request while it is answered: its tokens so far, what K/V there is of them, and how the next one is chosen.
 
-    def __init__(self, job: Job, model: Any, tokenizer: Any, cache: Any, cached_tokens: int):
+    `unread_prefix`: if not 0, so many first tokens go into `cache` to become a prefix, before another cache is made.
+    """
+
+    def __init__(self, job: Job, model: Any, tokenizer: Any, cache: Any, cached_tokens: int, unread_prefix: int = 0):
         request, settings = job.request, model.generation_config
         decoding = decoding_config(
             settings,
@@ -75,7 +78,7 @@ class Answer:
             min_p=request.min_p,
             repetition_penalty=request.repetition_penalty,
         )
-        self.job, self.cache, self.cached_tokens = job, cache, cached_tokens
+        self.job, self.cache, self.cached_tokens, self.unread_prefix = job, cache, cached_tokens, unread_prefix
         self.tokens = torch.tensor([list(request.prompt_token_ids)], device=model.device)  # [1, prompt + answer]
         self.generated = 0
         self.finish_reason: FinishReason | None = None

@@ -1,5 +1,6 @@
 """From a checked request to what the engine takes: token ids, and limits that fit the model's context."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ class Prompt(NamedTuple):
     system_tokens: int = 0  # see GenerationRequest
 
 
-def chat_prompt(tokenizer: Any, body: ChatCompletionRequest, info: ModelInfo) -> Prompt:
+def chat_prompt(tokenizer: Any, body: ChatCompletionRequest) -> Prompt:
     """The conversation in the model's chat template, open for the assistant's turn. Raises ApiError (400)."""
     if not tokenizer.chat_template:
         raise ApiError(
@@ -30,7 +31,7 @@ def chat_prompt(tokenizer: Any, body: ChatCompletionRequest, info: ModelInfo) ->
         token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         if not token_ids:
             raise ValueError("it makes nothing of them")
-        return Prompt(token_ids, _system_tokens(tokenizer, messages, token_ids) if info.streams else 0)
+        return Prompt(token_ids, _system_tokens(tokenizer, messages, token_ids))
     except Exception as error:  # a template is a program, which may fail in any way
         reason = one_line(error)
         raise ApiError(
@@ -40,18 +41,24 @@ def chat_prompt(tokenizer: Any, body: ChatCompletionRequest, info: ModelInfo) ->
 
 def _system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
     """How many of the conversation's first tokens are those of the system's messages that it begins with."""
-    from swiftkv_models.shared_prefix import beginning_of_chat
     from swiftkv_train.kept_caches import shared_length
 
-    system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
-    if not system:
-        return 0
-    try:
-        beginning = beginning_of_chat(tokenizer, system)
-    except Exception:  # a template that would refuse them if a user spoke next
-        return 0
+    system = tuple(
+        str(message["content"]) for message in itertools.takewhile(lambda each: each["role"] == "system", messages)
+    )
     # Less than all of it where what comes next makes another token together with its end.
-    return shared_length(beginning, token_ids)
+    return shared_length(_beginning(tokenizer, system), token_ids) if system else 0
+
+
+@functools.lru_cache(maxsize=64)
+def _beginning(tokenizer: Any, system: tuple[str, ...]) -> Sequence[int]:
+    """What the template makes of the system's messages; nothing, where it refuses them if a user spoke next."""
+    from swiftkv_models.shared_prefix import beginning_of_chat
+
+    try:
+        return beginning_of_chat(tokenizer, [{"role": "system", "content": content} for content in system])
+    except Exception:  # a template may fail in any way
+        return []
 
 
 def completion_token_ids(tokenizer: Any, body: CompletionRequest, info: ModelInfo) -> list[int]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swiftkv_models import SinkWindowCache, optimize_for_cpu, rewrite
+from swiftkv_models import SharedPrefix, SinkWindowCache, optimize_for_cpu, rewrite, row_caches
+from swiftkv_models.growing_cache import GrowingCache
 from swiftkv_models.row_caches import RowCaches
 from tiny import tiny_llama
 
@@ -61,6 +62,60 @@ def test_every_row_goes_on_as_if_alone(model, optimized):
         # fp32 logits of some units; rows of a product may be summed in another order when they are more.
         torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=0)
         assert [together[row].get_seq_length() for row in rows] == [alone[row].get_seq_length() for row in rows]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("optimized", [False, True])
+def test_rows_behind_one_prefix_read_it_together(model, optimized, monkeypatch):
+    """Streams past their window among them, and beginnings of a kept cache; each says what it says alone."""
+    if optimized:
+        optimize_for_cpu(model)
+    attended = []
+
+    def watched(query, *arguments):
+        attended.append(len(query))
+        return row_caches_attend(query, *arguments)
+
+    row_caches_attend = row_caches.attend_each_shared
+    monkeypatch.setattr(row_caches, "attend_each_shared", watched)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(0, model.config.vocab_size, (1, count), generator=generator)
+
+    one, other, long = ids(20), ids(9), ids(200)
+    prefixes = [SharedPrefix.from_ids(model, each) for each in (one, other)]
+    kept = GrowingCache(model.config)
+    model(long, past_key_values=kept, use_cache=True)
+
+    def stream(beginning, prefix, window):
+        options = {"prefixes": prefix, "input_ids": torch.cat([beginning, ids(1)], dim=1), "share": True}
+        return SinkWindowCache(model.config, window=window, attention_sinks=4, **options)
+
+    kinds = [
+        lambda: GrowingCache(model.config, prefixes[0]),
+        lambda: GrowingCache(model.config, prefixes[1]),
+        lambda: stream(one, prefixes[0], 6),
+        lambda: GrowingCache(model.config),
+        lambda: stream(one, prefixes[0], 64),
+        lambda: kept.beginning(long[0].tolist(), 150),
+        lambda: GrowingCache(model.config, prefixes[0]),
+        lambda: kept.beginning(long[0].tolist(), 150),
+    ]
+    prompts = [ids(length) for length in (5, 3, 11, 7, 4, 2, 1, 6)]
+    alone, together = filled(model, kinds, prompts), filled(model, kinds, prompts)
+    for _ in range(6):
+        last = torch.cat([ids(1) for _ in kinds])
+        wanted = [
+            model(token[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            for token, cache in zip(last, alone, strict=True)
+        ]
+        positions = torch.tensor([[cache.get_seq_length()] for cache in together])
+        attended.clear()
+        cache = RowCaches(model.config, together)
+        found = model(last, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=0)  # as above
+        assert attended == [4, 1, 2] * model.config.num_hidden_layers
 
 
 @torch.no_grad()

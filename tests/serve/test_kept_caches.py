@@ -8,14 +8,15 @@ import httpx
 import pytest
 import torch
 from serving import WAIT_S, random_llama, running
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import swiftkv_models
+from swiftkv_models import SharedPrefix
+from swiftkv_models.growing_cache import GrowingCache
 from swiftkv_models.shared_prefix import beginning_of_chat
-from swiftkv_train import kept_caches
 from swiftkv_train.errors import UserError
 from swiftkv_train.kept_caches import KeptCaches, KeptPrefixes, generate
-from swiftkv_train.serve import GenerateEngine, GenerationRequest, ModelInfo, TokenEvent
+from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent
 from swiftkv_train.serve import engine as engine_module
 from swiftkv_train.serve.prompts import chat_prompt
 from swiftkv_train.serve.schemas import ChatCompletionRequest
@@ -260,24 +261,82 @@ def test_of_the_system_message_as_much_is_kept_as_the_prompt_begins_with(
     system = [{"role": "system", "content": "the cat"}]
     role, content = ("assistant", "the dog") if first == "assistant" else ("user", first)
     body = ChatCompletionRequest(messages=[*system, {"role": role, "content": content}])  # type: ignore[arg-type]
-    prompt = chat_prompt(tokenizer, body, ModelInfo("m", None, 300, streams=True))
+    prompt = chat_prompt(tokenizer, body)
     beginning, count = beginning_of_chat(tokenizer, system), prompt.system_tokens
     assert list(prompt.token_ids[:count]) == beginning[:count]
     assert (count == len(beginning)) == (first != "assistant")
     assert "the cat" in tokenizer.decode(prompt.token_ids[:count])
-    assert chat_prompt(tokenizer, body, ModelInfo("m", None, 300)).system_tokens == 0
+    assert chat_prompt(tokenizer, body.model_copy(update={"messages": body.messages[1:]})).system_tokens == 0
 
 
-def test_a_request_that_was_left_runs_nothing_and_keeps_nothing(
-    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int]
+@pytest.mark.parametrize("window", [None, 400])
+def test_a_system_message_is_run_once_and_in_memory_once(
+    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int], monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
-    """Before its system message, and between that and the rest."""
+    """Of requests that come at once, in pieces, and of later ones; each is told what it would be alone."""
+    monkeypatch.setattr(engine_module, "PIECE", 64)
+    system = [number % 200 + 10 for number in range(150)]
+    prompts = [[*system, *FIRST[:count]] for count in (7, 1, 20)]
+    engine = GenerateEngine(model, tokenizer, window=window)
+
+    async def ask() -> list[list[TokenEvent]]:
+        async def read(stream: Any) -> list[TokenEvent]:
+            return [event async for event in stream]
+
+        requests = [GenerationRequest(prompt, 8, temperature=0, system_tokens=150) for prompt in prompts]
+        return await asyncio.gather(*map(read, [engine.submit(request) for request in requests]))
+
+    told = asyncio.run(asyncio.wait_for(ask(), WAIT_S))
+    assert engine.wait_idle(WAIT_S)
+    assert run[:3] == [64, 64, 22]
+    assert not {64, 22} & set(run[3:])
+    assert [events[0].cached_tokens for events in told] == [0, 150, 150]
+    caches = [cache for _, cache in engine._kept._entries]
+    prefixes = {id(prefix) for cache in caches for prefix in (cache.prefixes if window else [cache.prefix])}
+    assert (len(caches), len(prefixes)) == (3, 1)
+    if window:
+        assert [cache.shared_rows for cache in caches] == [1, 1, 1]
+    for prompt, events in zip(prompts, told, strict=True):
+        expected(model, prompt, events)
+    run.clear()
+    later = [*prompts[1], *(event.token_id for event in told[1]), 9]
+    events = answer(engine, later, system_tokens=150)
+    assert (run[0], events[0].cached_tokens) == (2, len(later) - 2)
+    expected(model, later, events)
+    engine.close()
+
+
+def test_a_kept_beginning_is_shared_too(model: Any, engine: GenerateEngine, run: list[int]) -> None:
+    """Where no system's message says what requests have in common."""
+    document = [number % 200 + 10 for number in range(300)]
+    answer(engine, document)
+    for end in ([1, 2], [3]):
+        run.clear()
+        events = answer(engine, [*document[:250], *end])
+        assert (run[0], events[0].cached_tokens) == (len(end), 250)
+        expected(model, [*document[:250], *end], events)
+    assert [cache.shared_tokens for _, cache in engine._kept._entries] == [0, 250, 250]
+    assert engine._kept._held() == 250 + (300 + 7) + 2 * 7 + 3
+
+
+def test_a_request_that_was_left_in_its_system_message_keeps_nothing(
+    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PIECE", 8)
     engine = GenerateEngine(model, tokenizer, window=64)
-    cache, known = kept_caches.new_stream(model, FIRST, 64, 10, KeptPrefixes(model))
-    assert (cache.get_seq_length(), known, run) == (10, 0, [10])
-    tokens = generate(model, FIRST, cache, stopped=lambda: True)
-    engine._kept.keep(tokens, cache)
-    assert engine._kept.take([*FIRST, 5]) is None
+
+    async def leave_at_once() -> None:
+        stream = engine.submit(GenerationRequest(FIRST, 2000, temperature=0, system_tokens=20))
+        hook = model.model.layers[0].register_forward_hook(lambda *_: engine._cancel(stream._job))  # type: ignore[attr-defined]
+        await asyncio.to_thread(engine.wait_idle, WAIT_S)
+        hook.remove()
+
+    asyncio.run(leave_at_once())
+    assert (run, engine.stats().cancelled) == ([8], 1)
+    run.clear()
+    events = answer(engine, FIRST, system_tokens=20)
+    assert (run[:3], events[0].cached_tokens) == ([8, 8, 4], 0)
+    expected(model, FIRST, events)
     engine.close()
 
 
@@ -298,11 +357,11 @@ def test_a_stream_has_no_context_length(model: Any, tokenizer: PreTrainedTokeniz
 
 
 @pytest.fixture
-def filled(model: Any) -> Callable[[list[int]], DynamicCache]:
+def filled(model: Any) -> Callable[[list[int]], GrowingCache]:
     """The K/V of tokens."""
 
-    def fill(ids: list[int]) -> DynamicCache:
-        cache = DynamicCache(config=model.config)
+    def fill(ids: list[int]) -> GrowingCache:
+        cache = GrowingCache(model.config)
         with torch.no_grad():
             model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
         return cache
@@ -310,7 +369,7 @@ def filled(model: Any) -> Callable[[list[int]], DynamicCache]:
     return fill
 
 
-def test_tokens_and_entries_are_bounded(model: Any, filled: Callable[[list[int]], DynamicCache]) -> None:
+def test_tokens_and_entries_are_bounded(model: Any, filled: Callable[[list[int]], GrowingCache]) -> None:
     kept = KeptCaches(model.config, max_tokens=100, max_entries=3)
     for first in range(5):
         ids = [first, *FIRST[:19]]
@@ -332,7 +391,7 @@ def test_tokens_and_entries_are_bounded(model: Any, filled: Callable[[list[int]]
 
 
 def test_what_a_longer_one_begins_with_is_not_kept_twice(
-    model: Any, filled: Callable[[list[int]], DynamicCache]
+    model: Any, filled: Callable[[list[int]], GrowingCache]
 ) -> None:
     kept = KeptCaches(model.config, max_tokens=1000)
     for length in (20, 30, 25):
@@ -340,23 +399,28 @@ def test_what_a_longer_one_begins_with_is_not_kept_twice(
         assert kept.lengths == [max(length, 30) if length > 20 else 20]
 
 
-def test_a_beginning_leaves_the_kept_one_as_it_is(model: Any, filled: Callable[[list[int]], DynamicCache]) -> None:
+def test_a_beginning_leaves_the_kept_one_as_it_is(model: Any, filled: Callable[[list[int]], GrowingCache]) -> None:
     kept = KeptCaches(model.config, max_tokens=1000)
     cache = filled(FIRST)
-    before = [layer.keys.clone() for layer in cache.layers if layer.keys is not None]
+    before = [layer.held(40)[0].clone() for layer in cache.growing]
     kept.keep(FIRST, cache)
     prompt = [*FIRST[:30], 1, 2]
     start = kept.take(prompt)
     assert start.get_seq_length() == 30
     generate(model, prompt, start, stopped=lambda: False, max_new_tokens=4, do_sample=False)
     assert cache.get_seq_length() == 40
-    after = [layer.keys for layer in cache.layers if layer.keys is not None]
+    after = [layer.held(40)[0] for layer in cache.growing]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_prefixes_are_run_once_and_the_last_used_stay(model: Any, run: list[int]) -> None:
-    kept = KeptPrefixes(model, max_entries=2)
-    found = [kept.get(ids)[1] for ids in ([1, 2, 3], [4, 5], [1, 2, 3], [6, 7], [4, 5], [1, 2, 3])]
-    assert found == [False, False, True, False, False, False]
-    assert run == [3, 2, 2, 2, 3]
-    assert [KeptPrefixes(model, 0).get([1, 2])[1] for _ in range(2)] == [False, False]
+def test_the_prefixes_last_used_stay(model: Any) -> None:
+    kept = KeptPrefixes(max_tokens=6, max_entries=2)
+    taken = []
+    for ids in ([1, 2, 3], [4, 5], [1, 2, 3], [6, 7], [4, 5], [1, 2, 3], [8, 9, 10, 11], [1, 2, 3]):
+        taken.append(kept.take(ids) is not None)
+        if not taken[-1]:
+            kept.keep(SharedPrefix.from_ids(model, ids))
+    assert taken == [False, False, True, False, False, False, False, False]
+    kept.keep(SharedPrefix.from_ids(model, [1] * 7))
+    assert kept.take([1] * 7) is None  # too long to keep, and in place of none
+    assert kept.take([1, 2, 3]) is not None
