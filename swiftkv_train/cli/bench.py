@@ -272,12 +272,13 @@ def decode(
     _finish(measure(checkpoint, base, batch, context, repeats), output, as_json, draw_decode)
 
 
-@app.command("serve", epilog=example("swiftkv bench serve outputs/quickstart/checkpoint --clients 1,16"))
+@app.command("serve", epilog=example("swiftkv bench serve outputs/quickstart/checkpoint --clients 1,16 --system 1024"))
 def serve(
     model: Annotated[str, typer.Argument(help="Exported checkpoint, or a base model.")],
     clients: Annotated[str, typer.Option(help="Requests that come at once, separated by commas.")] = "1,4,16",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 32,
+    system: Annotated[int, typer.Option(min=0, help="Tokens of a system message that all begin with.")] = 0,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt behind it.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 3,
     output: OutputOption = None,
     as_json: Json = False,
@@ -286,7 +287,7 @@ def serve(
     from swiftkv_train.bench.plots import draw_serve
     from swiftkv_train.bench.serve import measure
 
-    _finish(measure(model, clients, prompt, tokens, repeats), output, as_json, draw_serve)
+    _finish(measure(model, clients, system, prompt, tokens, repeats), output, as_json, draw_serve)
 
 
 @app.command(

@@ -33,6 +33,7 @@ class GenerationRequest:
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop: Sequence[str] = ()
+    ignore_eos: bool = False  # go on behind the model's end tokens
     seed: int | None = None  # None: a fresh one
     system_tokens: int = 0  # of the prompt's first ones, what the system's messages make: run once for all requests
 

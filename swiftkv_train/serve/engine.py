@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from swiftkv_models import SharedPrefix, use_exact_positions
-from swiftkv_models.growing_cache import GrowingCache
+from swiftkv_models.growing_cache import LEAST_SHARED, GrowingCache
 from swiftkv_models.row_caches import RowCaches
 from swiftkv_train.data.tokenize import check_vocabulary
 from swiftkv_train.errors import UserError
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 THREAD = "swiftkv-generate"
 SHORT_PIECE = 256  # tokens of a prompt that run at once while others wait for their next token
-LEAST_SHARED = (
-    128  # tokens of a system's messages that rows read together; fewer are copied for each sooner than merged
-)
 
 
 def load_model_and_tokenizer(model_dir: str | Path, dtype: str = "auto") -> tuple[Any, Any]:

@@ -113,6 +113,7 @@ class Answer:
 
 
 def _end_token_ids(request: GenerationRequest, settings: Any, tokenizer: Any) -> set[int]:
-    """The model's own end tokens and the stop strings that name a special token, which never shows in the text."""
+    """The model's own end tokens, and stop strings that name a special token, which never shows in the text."""
     special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return end_token_ids(settings, tokenizer) | {special[stop] for stop in request.stop if stop in special}
+    own = set() if request.ignore_eos else end_token_ids(settings, tokenizer)
+    return own | {special[stop] for stop in request.stop if stop in special}

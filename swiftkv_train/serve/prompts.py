@@ -109,6 +109,7 @@ def generation_request(
         min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
         stop=tuple(body.stop or ()),
+        ignore_eos=bool(body.ignore_eos),
         seed=body.seed,
         system_tokens=prompt.system_tokens,
     )

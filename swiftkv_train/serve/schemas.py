@@ -120,6 +120,7 @@ class GenerationParameters(_Request):
         ]
         | None
     ) = None
+    ignore_eos: bool | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -138,7 +139,6 @@ class GenerationParameters(_Request):
     logit_bias: Annotated[Any, only({})] = None
     prompt_logprobs: Annotated[Any, only()] = None
     min_tokens: Annotated[Any, only(0)] = None
-    ignore_eos: Annotated[Any, only(False)] = None
     skip_special_tokens: Annotated[Any, only(True)] = None
     options: Annotated[Any, only({})] = None
 

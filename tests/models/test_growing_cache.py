@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from swiftkv_models import SharedPrefix, optimize_for_cpu, rewrite
-from swiftkv_models.growing_cache import MORE, GrowingCache
-from swiftkv_models.shared_prefix import LEAST_TOKENS_ON_CPU
+from swiftkv_models.growing_cache import LEAST_SHARED, MORE, GrowingCache
 from tiny import tiny_llama
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}  # fp32 logits of some units, whose attention is merged of two parts
@@ -83,7 +82,7 @@ def test_what_attends_behind_a_prefix_elsewhere(model, hidden, monkeypatch):
     torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
-LONG = LEAST_TOKENS_ON_CPU
+LONG = LEAST_SHARED
 
 
 @torch.no_grad()

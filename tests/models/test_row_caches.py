@@ -83,7 +83,7 @@ def test_rows_behind_one_prefix_read_it_together(model, optimized, monkeypatch):
     def ids(count):
         return torch.randint(0, model.config.vocab_size, (1, count), generator=generator)
 
-    one, other, long = ids(20), ids(9), ids(200)
+    one, other, long = ids(20), ids(9), ids(400)
     prefixes = [SharedPrefix.from_ids(model, each) for each in (one, other)]
     kept = GrowingCache(model.config)
     model(long, past_key_values=kept, use_cache=True)
@@ -98,9 +98,9 @@ def test_rows_behind_one_prefix_read_it_together(model, optimized, monkeypatch):
         lambda: stream(one, prefixes[0], 6),
         lambda: GrowingCache(model.config),
         lambda: stream(one, prefixes[0], 64),
-        lambda: kept.beginning(long[0].tolist(), 150),
+        lambda: kept.beginning(long[0].tolist(), 300),
         lambda: GrowingCache(model.config, prefixes[0]),
-        lambda: kept.beginning(long[0].tolist(), 150),
+        lambda: kept.beginning(long[0].tolist(), 300),
     ]
     prompts = [ids(length) for length in (5, 3, 11, 7, 4, 2, 1, 6)]
     alone, together = filled(model, kinds, prompts), filled(model, kinds, prompts)

@@ -275,7 +275,7 @@ def test_a_system_message_is_run_once_and_in_memory_once(
 ) -> None:
     """Of requests that come at once, in pieces, and of later ones; each is told what it would be alone."""
     monkeypatch.setattr(engine_module, "PIECE", 64)
-    system = [number % 200 + 10 for number in range(150)]
+    system = [number % 200 + 10 for number in range(280)]
     prompts = [[*system, *FIRST[:count]] for count in (7, 1, 20)]
     engine = GenerateEngine(model, tokenizer, window=window)
 
@@ -283,14 +283,14 @@ def test_a_system_message_is_run_once_and_in_memory_once(
         async def read(stream: Any) -> list[TokenEvent]:
             return [event async for event in stream]
 
-        requests = [GenerationRequest(prompt, 8, temperature=0, system_tokens=150) for prompt in prompts]
+        requests = [GenerationRequest(prompt, 8, temperature=0, system_tokens=280) for prompt in prompts]
         return await asyncio.gather(*map(read, [engine.submit(request) for request in requests]))
 
     told = asyncio.run(asyncio.wait_for(ask(), WAIT_S))
     assert engine.wait_idle(WAIT_S)
-    assert run[:3] == [64, 64, 22]
-    assert not {64, 22} & set(run[3:])
-    assert [events[0].cached_tokens for events in told] == [0, 150, 150]
+    assert run[:5] == [64, 64, 64, 64, 24]
+    assert not {64, 24} & set(run[5:])
+    assert [events[0].cached_tokens for events in told] == [0, 280, 280]
     caches = [cache for _, cache in engine._kept._entries]
     prefixes = {id(prefix) for cache in caches for prefix in (cache.prefixes if window else [cache.prefix])}
     assert (len(caches), len(prefixes)) == (3, 1)
@@ -300,7 +300,7 @@ def test_a_system_message_is_run_once_and_in_memory_once(
         expected(model, prompt, events)
     run.clear()
     later = [*prompts[1], *(event.token_id for event in told[1]), 9]
-    events = answer(engine, later, system_tokens=150)
+    events = answer(engine, later, system_tokens=280)
     assert (run[0], events[0].cached_tokens) == (2, len(later) - 2)
     expected(model, later, events)
     engine.close()
@@ -312,11 +312,11 @@ def test_a_kept_beginning_is_shared_too(model: Any, engine: GenerateEngine, run:
     answer(engine, document)
     for end in ([1, 2], [3]):
         run.clear()
-        events = answer(engine, [*document[:250], *end])
-        assert (run[0], events[0].cached_tokens) == (len(end), 250)
-        expected(model, [*document[:250], *end], events)
-    assert [cache.shared_tokens for _, cache in engine._kept._entries] == [0, 250, 250]
-    assert engine._kept._held() == 250 + (300 + 7) + 2 * 7 + 3
+        events = answer(engine, [*document[:280], *end])
+        assert (run[0], events[0].cached_tokens) == (len(end), 280)
+        expected(model, [*document[:280], *end], events)
+    assert [cache.shared_tokens for _, cache in engine._kept._entries] == [0, 280, 280]
+    assert engine._kept._held() == 280 + (300 + 7) + 2 * 7 + 3
 
 
 def test_a_request_that_was_left_in_its_system_message_keeps_nothing(

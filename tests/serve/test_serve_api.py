@@ -292,3 +292,10 @@ def test_stop_string_that_is_a_special_token(poet: Running, tokenizer: PreTraine
     ids = [*tokenizer.encode("no"), tokenizer.convert_tokens_to_ids("<|im_start|>")]
     with running(successor_model(tokenizer, ids, start=tokenizer.encode("\n")), tokenizer) as it:
         assert said(it, stop="<|im_start|>") == (["n", "o"], "stop", 3)
+
+
+def test_going_on_behind_the_end(poet: Running, tokenizer: PreTrainedTokenizerFast) -> None:
+    """After the end token this model says it again and again, which does not show."""
+    count = len(tokenizer.encode(POEM)) + 4
+    pieces, reason, tokens = said(poet, max_tokens=count, extra_body={"ignore_eos": True})
+    assert ("".join(pieces), reason, tokens) == (POEM, "length", count)

@@ -352,15 +352,19 @@ def test_decode(result_of):
             assert cell["tokens_per_second"] == row["batch"] / cell["seconds"]
 
 
-def test_serve(result_of):
-    result = result_of("serve", "models/debug", "--clients", "3,1", "--prompt", "12", "--tokens", "5")
+@pytest.mark.parametrize("system", [0, 40])
+def test_serve(result_of, system):
+    options = ["--clients", "3,1", "--system", str(system), "--prompt", "12", "--tokens", "5"]
+    result = result_of("serve", "models/debug", *options)
     assert [row["clients"] for row in result["rows"]] == [1, 3]
     for row in result["rows"]:
-        assert check_contenders(row["contenders"], "ours", 3) == ["ours", "one by one"]
+        names = ["ours", "one by one", *(["nothing in common"] if system else [])]
+        assert check_contenders(row["contenders"], "ours", 3) == names
         for cell in row["contenders"].values():
-            assert 0 < cell["tokens"] <= 5 * row["clients"]
+            assert cell["tokens"] == 5 * row["clients"]
             assert cell["tokens_per_second"] == cell["tokens"] / cell["seconds"]
             assert 0 < cell["first_token_seconds"] < 60
+            assert 0 < cell["next_token_seconds"] < 60
 
 
 def test_kv_memory(result_of):
@@ -422,6 +426,7 @@ def test_quality_of_a_storage_format_is_what_decoding_with_it_has(model, random_
             "--long 863 must be at least 864: a trend takes points, of 64 + 8 tokens",
         ),
         (["kv-memory", "models/debug", "--data", "x=a", "--data", "x=b"], "--data names 'x' twice"),
+        (["serve", "models/debug", "--system", "9000"], "9160 tokens are more than the context of models/debug"),
         (["sinks", "models/debug", "--data", "prose"], "--data 'prose' must look like NAME=PATH"),
         (
             ["sinks", "models/debug", "--data", "prose=data/debug/prose.held_out.jsonl", "--kept", "4", "--sinks", "4"],
