@@ -172,16 +172,44 @@ def processor(result: dict[str, Any]) -> str:
 
 
 def relay_rows(file: str, relay: dict[str, Any], few: bool) -> list[str]:
-    batches, lengths = ((16,), (4096,)) if few else ((1, 4, 16, 64), (64, 1024, 4096))
+    """One cell; `relays` has all."""
     lines = []
     for row in relay["rows"]:
-        if row["batch"] in batches and row["prefix"] in lengths:
+        if (row["batch"], row["prefix"]) == (16, 4096):
             groups = row.get("groups", 1)  # which early files lack
             over = f"{'a shared prefix' if groups == 1 else f'{groups} shared prefixes'} of {row['prefix']:,} tokens"
-            how = "" if row["shared"] else " (copied: sharing would not pay)"
-            what = f"{processor(relay)}: attention, batch {row['batch']}, over {over}{how}"
+            what = f"{processor(relay)}: attention, batch {row['batch']}, over {over}"
             lines += against(row, what, file)
     return lines
+
+
+def relays() -> str:
+    """How many times as fast as plain and as shared storage read per request, and the share of the ceiling."""
+    parts = []
+    for name in ("relay.json", "relay_avx2.json"):
+        result = load(name)
+        rows = {(row.get("groups", 1), row["batch"], row["prefix"]): row for row in result["rows"]}
+        groups, batches, lengths = (sorted(set(numbers)) for numbers in zip(*rows, strict=True))
+        columns = ["prefixes", "batch", *(f"{length:,} tokens" for length in lengths)]
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for group in groups:
+            for batch in batches:
+                cells = [relay_cell(rows.get((group, batch, length))) for length in lengths]
+                if any(cells):
+                    lines.append(f"| {group} | {batch} | {' | '.join(cells)} |")
+        parts.append("\n".join([*lines, "", f"`{result['command']}`; {where(result)}."]))
+    return "\n\n".join(parts)
+
+
+def relay_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    cells = row["contenders"]
+    ratios = [f"{cells[name]['speedup']:.2f}" for name in ("plain", "per request") if "speedup" in cells.get(name, {})]
+    if not row["shared"]:
+        return f"{' / '.join(ratios)}, copied"
+    share = row["share_of_ceiling"]
+    return " / ".join(ratios) + ("" if share is None else f", {share:.0%}")
 
 
 def decode_rows(file: str, decode: dict[str, Any], few: bool) -> list[str]:
@@ -196,13 +224,25 @@ def decode_rows(file: str, decode: dict[str, Any], few: bool) -> list[str]:
     return lines
 
 
-def serve_rows(serve: dict[str, Any], few: bool) -> list[str]:
+def serve_rows(file: str, serve: dict[str, Any], few: bool) -> list[str]:
+    """Until all are answered; with a system message also from one token to the next."""
     lines = []
+    system = serve["system_tokens"]
+    behind = f" behind a system message of {system:,}" if system else ""
     for row in serve["rows"]:
-        if row["clients"] == 16 or not few:
-            tokens = row["contenders"]["ours"]["tokens"]
-            what = f"{processor(serve)}: {row['clients']} requests at once, {serve['prompt_tokens']} tokens each, "
-            lines += against(row, f"{what}answered with {tokens:,} in all", "serve.json")
+        if few and row["clients"] != max(row["clients"] for row in serve["rows"]):
+            continue
+        tokens = row["contenders"]["ours"]["tokens"] // row["clients"]
+        what = f"{processor(serve)}: {row['clients']} requests at once, {serve['prompt_tokens']} tokens each{behind}"
+        lines += against(row, f"{what}, {tokens} answered", file)
+        if system and row["clients"] > 1:
+            ours = row["contenders"]["ours"]["next_token_seconds"]
+            cells = {
+                name: {"seconds": cell["next_token_seconds"], "speedup": cell["next_token_seconds"] / ours}
+                for name, cell in row["contenders"].items()
+                if name != "one by one" and "failed" not in cell
+            }
+            lines += against({"contenders": cells}, "of these, from one token to the next", file)
     return lines
 
 
@@ -252,7 +292,7 @@ INFERENCE: dict[str, Callable[[dict[str, Any], bool], list[str]]] = {
     "stream_long.json": long_stream_rows,
     **{file: partial(relay_rows, file) for file in ("relay.json", "relay_avx2.json")},
     **{file: partial(decode_rows, file) for file in ("decode.json", "decode_amd.json")},
-    "serve.json": serve_rows,
+    **{file: partial(serve_rows, file) for file in ("serve.json", "serve_system.json")},
     "kv_memory.json": kv_memory_rows,
 }
 
@@ -412,6 +452,7 @@ FILES = {
     README: TABLES,
     FOLDER / "README.md": {
         "inference": partial(inference, few=False),
+        "relay": relays,
         "stream_targets": stream_targets,
         "sinks": sinks,
     },

@@ -65,9 +65,13 @@ class KeptCaches:
 
     def _held(self) -> int:
         """Tokens in memory: what entries share counts once."""
-        prefixes = {cache.prefix.keys[0].data_ptr(): len(cache.prefix) for _, cache in self._entries if cache.prefix}
-        own = (cache.get_seq_length() - cache.shared_tokens for _, cache in self._entries)
-        return sum(own) + sum(prefixes.values())
+        own, shared = 0, dict[int, int]()
+        for _, cache in self._entries:
+            own += cache.get_seq_length() - cache.shared_tokens
+            if cache.prefix is not None:
+                place = cache.prefix.keys[0].data_ptr()
+                shared[place] = max(shared.get(place, 0), len(cache.prefix))
+        return own + sum(shared.values())
 
     def clear(self) -> None:
         self._entries.clear()

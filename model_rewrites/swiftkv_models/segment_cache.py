@@ -382,8 +382,9 @@ class SinkWindowCache(Cache):
         if not bool(goes_on.all()):
             row = int((~goes_on.all(1)).nonzero()[0])
             raise ValueError(
-                f"row {row}: positions must go on from the {int(self.lengths[row])} tokens that the cache holds; where "
-                "there is padding, give attention_mask, and position_ids that do not count it (as `generate` does)"
+                f"row {row}: positions must go on from the {int(self.lengths[row])} tokens that the cache holds; to begin "
+                "again, reset() it; where there is padding, give attention_mask, and position_ids that do not count it "
+                "(as `generate` does)"
             )
         return torch.where(kept, positions, -1)
 

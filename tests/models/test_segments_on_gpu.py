@@ -9,10 +9,10 @@ import copy
 import pytest
 import torch
 from naive_streaming import naive_streaming_logits
-from transformers import DynamicCache
 
 from swiftkv_kernels import backends
-from swiftkv_models import SharedPrefix, SinkWindowCache, rewrite, segment_cache, use_exact_positions
+from swiftkv_models import SharedPrefix, SinkWindowCache, growing_cache, rewrite, segment_cache, use_exact_positions
+from swiftkv_models.growing_cache import GrowingCache
 from swiftkv_models.row_caches import RowCaches
 from tiny import random_ids, randomise_tail, tiny_llama
 
@@ -25,6 +25,7 @@ def models(request, place, monkeypatch):
     if place.backend != "cpu":
         monkeypatch.setattr(backends, "device_backend", lambda _: place.backend)
         monkeypatch.setattr(segment_cache, "readable_for_free", lambda _: False)
+        monkeypatch.setattr(growing_cache._NewestToken, "behind_prefix", lambda *_: None)
     monkeypatch.setattr(segment_cache, "sharing_pays", lambda *_: True)
     exact = tiny_llama("wide-heads", layers=3, rms_norm_eps=1e-5)
     if request.param == "base":
@@ -80,12 +81,19 @@ def test_quantised(models, place, quantization, tolerance):
 
 @torch.no_grad()
 def test_rows_with_a_cache_of_their_own(models, place):
-    """A dense one and a stream, of different length, step by step in one forward."""
+    """A dense one, one behind a prefix and streams, of different length, step by step in one forward."""
     exact, model = models
-    rows = [random_ids(9, seed=3), random_ids(12, seed=4)]
-    caches = [DynamicCache(config=model.config), SinkWindowCache(model.config, window=4, attention_sinks=2)]
+    rows = [random_ids(length, seed=length) for length in (9, 12, 13, 11)]
+    prefixes = [SharedPrefix.from_ids(model, ids[:5]) for ids in rows]
+    shared = {"prefixes": prefixes[3], "input_ids": rows[3][None], "share": True}
+    caches = [
+        GrowingCache(model.config),
+        SinkWindowCache(model.config, window=4, attention_sinks=2),
+        GrowingCache(model.config, prefixes[2]),
+        SinkWindowCache(model.config, window=4, attention_sinks=2, **shared),
+    ]
     for ids, cache in zip(rows, caches, strict=True):
-        feed(model, ids[None, :-3], cache, [len(ids) - 3])
+        feed(model, ids[None, cache.get_seq_length() : -3], cache, [len(ids)])
     found = []
     for step in (-3, -2, -1):
         last = torch.stack([ids[step] for ids in rows])[:, None].to(place.device)
@@ -93,8 +101,10 @@ def test_rows_with_a_cache_of_their_own(models, place):
         together = RowCaches(model.config, caches)
         found.append(model(last, position_ids=positions, past_key_values=together, use_cache=True).logits[:, 0])
     found = torch.stack(found, dim=1).cpu().double()
-    torch.testing.assert_close(found[0], exact(rows[0][None], use_cache=False).logits[0, -3:], **CLOSE)
-    torch.testing.assert_close(found[1], naive_streaming_logits(exact, rows[1], 4, 2)[-3:], **CLOSE)
+    for index in (0, 2):
+        torch.testing.assert_close(found[index], exact(rows[index][None], use_cache=False).logits[0, -3:], **CLOSE)
+    for index, sinks in ((1, 2), (3, 5)):
+        torch.testing.assert_close(found[index], naive_streaming_logits(exact, rows[index], 4, sinks)[-3:], **CLOSE)
 
 
 def test_through_triton_in_a_child_process(run_interpreted):
