@@ -235,7 +235,7 @@ def serve_rows(file: str, serve: dict[str, Any], few: bool) -> list[str]:
         tokens = row["contenders"]["ours"]["tokens"] // row["clients"]
         what = f"{processor(serve)}: {row['clients']} requests at once, {serve['prompt_tokens']} tokens each{behind}"
         lines += against(row, f"{what}, {tokens} answered", file)
-        if system and row["clients"] > 1:
+        if system and row["clients"] > 1 and tokens > 1:
             ours = row["contenders"]["ours"]["next_token_seconds"]
             cells = {
                 name: {"seconds": cell["next_token_seconds"], "speedup": cell["next_token_seconds"] / ours}
@@ -246,15 +246,16 @@ def serve_rows(file: str, serve: dict[str, Any], few: bool) -> list[str]:
     return lines
 
 
-def long_stream_rows(result: dict[str, Any], few: bool) -> list[str]:
+def long_stream_rows(file: str, result: dict[str, Any], few: bool) -> list[str]:
     long = result["long"]
     cache = f"one cache of {long['sinks']} + {long['window']:,}"
     how, times = f"{long['chunk']} at a time", f"{long['seconds_slope']:+.1%}"
-    if "seconds_of_one_slope" in long:  # which early files lack
-        how, times = f"{how}; one by one", f"{times}; {long['seconds_of_one_slope']:+.1%}"
-    what = f"{long['tokens']:,} tokens through {cache}: change over them of a token's time ({how}); of memory"
+    if "over_young_slope" in long:  # which early files lack
+        how = f"{how}; one by one; that over a young stream's"
+        times = f"{times}; {long['seconds_of_one_slope']:+.1%}; {long['over_young_slope']:+.1%}"
+    what = f"{processor(result)}: {long['tokens']:,} tokens through {cache}: change over them of a token's time ({how})"
     change = f"{times}; {long['memory_growth_bytes'] / 2**20:+,.1f} MiB"
-    return [f"| {what} | {change} | – | – | `stream_long.json` |"]
+    return [f"| {what}; of memory | {change} | – | – | `{file}` |"]
 
 
 def kv_memory_rows(memory: dict[str, Any], few: bool) -> list[str]:
@@ -289,7 +290,7 @@ def kv_memory_rows(memory: dict[str, Any], few: bool) -> list[str]:
 STREAMS = ("stream.json", "stream_amd.json", "stream_base.json", "stream_base_amd.json")
 INFERENCE: dict[str, Callable[[dict[str, Any], bool], list[str]]] = {
     **{file: partial(stream_rows, file) for file in STREAMS},
-    "stream_long.json": long_stream_rows,
+    **{file: partial(long_stream_rows, file) for file in ("stream_long.json", "stream_long_avx2.json")},
     **{file: partial(relay_rows, file) for file in ("relay.json", "relay_avx2.json")},
     **{file: partial(decode_rows, file) for file in ("decode.json", "decode_amd.json")},
     **{file: partial(serve_rows, file) for file in ("serve.json", "serve_system.json")},

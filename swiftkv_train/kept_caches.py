@@ -1,8 +1,8 @@
 """K/V kept from one answer for the next: of a prompt that begins as an earlier one did only the rest is run.
 
 The answers are the same but for rounding, which depends on the pieces that a prompt runs in. What requests begin with
-alike, a system message or an earlier prompt, is in memory once for all of them, and read once where they are answered
-together (`GrowingCache`, `RowCaches`).
+alike, a system message or an earlier prompt, is in memory once for all of them, and on a CPU read once where they are
+answered together (`GrowingCache`, `RowCaches`).
 """
 
 from collections.abc import Callable, Sequence

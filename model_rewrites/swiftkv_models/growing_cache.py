@@ -1,7 +1,7 @@
 """A K/V cache of one row that grows in place, behind a beginning that other rows may share.
 
-Where many requests begin alike (a system prompt, a document), K/V of the beginning lie in memory once, and a batch of
-`RowCaches` reads them once for all its rows: relay attention (arXiv 2402.14808).
+Where many requests begin alike (a system prompt, a document), K/V of the beginning lie in memory once, and on CPU a
+batch of `RowCaches` reads them once for all its rows: relay attention (arXiv 2402.14808).
 
     G K/V heads   C head size   P tokens of the shared beginning   n the row's own
 """
@@ -16,7 +16,13 @@ from transformers.cache_utils import Cache
 
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
 from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared
-from swiftkv_models.segment_layer import BehindPrefix, MasklessLayer, use_segment_attention
+from swiftkv_models.segment_layer import (
+    OF_ANOTHER_MODEL,
+    BehindPrefix,
+    MasklessLayer,
+    refuse_sliding_window,
+    use_segment_attention,
+)
 from swiftkv_models.shared_prefix import SharedPrefix, check_form, form_of, num_cached_layers
 
 MORE = 256  # tokens at least for which room is made at once
@@ -34,10 +40,12 @@ class GrowingCache(Cache):
     is never written again, so views of it stay right. With a prefix it makes the model's attention know it, as a
     SinkWindowCache does.
 
-    Raises ValueError where the prefix is another model's, and where it is given more rows, or what carries a gradient.
+    Raises ValueError where the prefix is another model's, of a model with a sliding window of its own, and where it is
+    given more rows, or what carries a gradient.
     """
 
     def __init__(self, config: PretrainedConfig, prefix: SharedPrefix | None = None):
+        refuse_sliding_window(config, type(self).__name__)
         count = num_cached_layers(config)
         if prefix is not None:
             check_form(prefix, form_of(config), count)
@@ -54,8 +62,8 @@ class GrowingCache(Cache):
     def beginning(self, token_ids: Any, length: int) -> GrowingCache:
         """Another one that holds the first `length` of its tokens, whose ids begin `token_ids`; this one stays.
 
-        A prefix is shared as it is. Without one, or of a part of it, what is long enough becomes the other's prefix, as
-        views, and what is not is copied.
+        A prefix is shared as it is. Without one, or of a part of it, what is long enough becomes the other's prefix,
+        and what is not is copied.
         """
         prefix, copied = self.prefix, length - self.shared_tokens
         if copied < 0 or (prefix is None and length >= LEAST_SHARED):
@@ -67,10 +75,15 @@ class GrowingCache(Cache):
         return start
 
     def as_prefix(self, token_ids: Any, length: int) -> SharedPrefix:
-        """The first `length` of its tokens, whose ids begin `token_ids`, for others: views, where they are in one."""
+        """The first `length` of its tokens, whose ids begin `token_ids`, for others: views, unless that would keep more
+        than twice their memory."""
         held = [layer.held(length) for layer in self.growing]
-        keys, values = ([pair[part][0] for pair in held] for part in (0, 1))
+        keys, values = ([_worth_holding(pair[part][0]) for pair in held] for part in (0, 1))
         return SharedPrefix(token_ids[:length], keys, values, form_of(self.config))
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError: of what would be written again, others may hold views."""
+        raise ValueError("a GrowingCache cannot take tokens back; use another cache for assisted generation")
 
 
 class _GrowingLayer(MasklessLayer):
@@ -90,6 +103,7 @@ class _GrowingLayer(MasklessLayer):
             raise ValueError(f"a GrowingCache is of one row, not of {len(key_states)}")
         if torch.is_grad_enabled() and value_states.requires_grad:
             raise ValueError("a GrowingCache carries no gradient: call the model under torch.no_grad()")
+        key_states = key_states.to(value_states.dtype)  # autocast leaves rotated K in another
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
@@ -104,7 +118,10 @@ class _GrowingLayer(MasklessLayer):
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [1, G, P, C]."""
         assert self.cache.prefix is not None
-        return self.cache.prefix.keys[self.index][None], self.cache.prefix.values[self.index][None]
+        keys, values = self.cache.prefix.keys[self.index][None], self.cache.prefix.values[self.index][None]
+        if self.keys is None:
+            return keys, values
+        return keys.to(self.keys.dtype), values.to(self.keys.dtype)  # of a model that was cast since
 
     def own(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [1, G, n, C]."""
@@ -136,6 +153,11 @@ class _NewestToken:
     def __init__(self, layer: _GrowingLayer):
         self.layer = layer
 
+    @property
+    def shape(self) -> torch.Size:
+        """Raises ValueError: an attention function that asks knows no such thing."""
+        raise ValueError(OF_ANOTHER_MODEL)
+
     def behind_prefix(self, query: torch.Tensor, position_ids: torch.Tensor | None) -> BehindPrefix | None:
         """See `KeyValues.behind_prefix`. None on other devices, whose kernel is `segment_attention`."""
         if query.device.type != "cpu":
@@ -150,6 +172,7 @@ class _NewestToken:
         scaling: float | None,
     ) -> torch.Tensor:
         """Output [1, H, 1, C] for the newest token's query [1, H, 1, C]."""
+        query = query.to(self.layer.values.dtype)  # under autocast RoPE leaves it in another
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if attention_mask is not None:
             return attend_all(query, *self.layer.held(self.layer.get_seq_length()), scaling, attention_mask)
@@ -174,3 +197,9 @@ def _with_room(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
         larger = tensor.new_empty(*tensor.shape[:2], max(tokens, room + max(MORE, room // 4)), tensor.shape[3])
     larger[:, :, :room] = tensor
     return larger
+
+
+def _worth_holding(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy of it where it is less than half of what is in memory with it."""
+    whole = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor if 2 * tensor.numel() >= whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -33,6 +33,7 @@ from swiftkv_models.segment_layer import (
     Held,
     SegmentLayer,
     knows_segments,
+    refuse_sliding_window,
     use_segment_attention,
 )
 from swiftkv_models.shared_prefix import (
@@ -121,10 +122,7 @@ class SinkWindowCache(Cache):
         window, attention_sinks = sizes
         if quantization is not None and quantization not in list(QUANTIZATIONS):
             raise ValueError(f"quantization {quantization!r} is not known; use {' or '.join(QUANTIZATIONS)}")
-        if getattr(config, "sliding_window", None) is not None or "sliding_attention" in (
-            getattr(config, "layer_types", None) or ()
-        ):
-            raise ValueError(f"{type(self).__name__} would take the place of the model's own sliding window")
+        refuse_sliding_window(config, type(self).__name__)
         self.window, self.attention_sinks = window, attention_sinks
         self.quantized_dtype = None if quantization is None else QUANTIZATIONS[quantization]
         self.inverse_frequencies = inverse_frequencies(config, type(self).__name__)
@@ -382,9 +380,9 @@ class SinkWindowCache(Cache):
         if not bool(goes_on.all()):
             row = int((~goes_on.all(1)).nonzero()[0])
             raise ValueError(
-                f"row {row}: positions must go on from the {int(self.lengths[row])} tokens that the cache holds; to begin "
-                "again, reset() it; where there is padding, give attention_mask, and position_ids that do not count it "
-                "(as `generate` does)"
+                f"row {row}: positions must go on from the {int(self.lengths[row])} tokens that the cache holds; to "
+                "begin again, reset() it; where there is padding, give attention_mask, and position_ids that do not "
+                "count it (as `generate` does)"
             )
         return torch.where(kept, positions, -1)
 

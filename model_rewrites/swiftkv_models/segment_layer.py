@@ -353,6 +353,13 @@ def use_segment_attention(config: PretrainedConfig) -> None:
     config._attn_implementation = PREFIX + inner
 
 
+def refuse_sliding_window(config: PretrainedConfig, cache: str) -> None:
+    """Raises ValueError for a model with a window of its own, in whose place a cache of that name would be."""
+    layer_types = getattr(config, "layer_types", None) or ()
+    if getattr(config, "sliding_window", None) is not None or "sliding_attention" in layer_types:
+        raise ValueError(f"{cache} would take the place of the model's own sliding window")
+
+
 def knows_segments(config: PretrainedConfig) -> bool:
     if config._attn_implementation is None:
         raise ValueError("this configuration is no model's; give a SinkWindowCache its model's own, model.config")

@@ -219,6 +219,8 @@ def draw_kv_memory(result: dict[str, Any], pyplot: Any) -> Any:
 
 def draw_quality(result: dict[str, Any], pyplot: Any) -> Any:
     """KL, perplexity ratio and agreement over training tokens: a line a variant, a column for each kind of text."""
+    from matplotlib.ticker import LogLocator
+
     variants = result["variants"]
     groups = [group for group in (TRAINED_ON, OTHER_KINDS) if group in variants[0]["points"][-1]]
     measures = {
@@ -238,6 +240,7 @@ def draw_quality(result: dict[str, Any], pyplot: Any) -> Any:
             axes.spines[["top", "right"]].set_visible(False)
             if measure != "agreement":
                 axes.set_yscale("log")
+                axes.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 4, 5, 7)))  # 9 would touch 10
                 axes.yaxis.set_minor_formatter("{x:g}")
             axes.yaxis.set_major_formatter("{x:.0%}" if measure == "agreement" else "{x:g}")
             axes.tick_params(axis="y", which="minor", labelsize=7)

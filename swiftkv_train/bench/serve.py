@@ -70,7 +70,8 @@ def _row(
     def drawn(length: int) -> list[int]:
         return torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
 
-    told: dict[str, list[list[float]]] = {}
+    contenders = [OURS, ONE_BY_ONE, *([APART] if system else [])]
+    told: dict[str, list[list[float]]] = {name: [] for name in contenders}
 
     def ask(name: str) -> None:
         common = drawn(system)
@@ -80,20 +81,20 @@ def _row(
                 tokens,
                 temperature=0,
                 ignore_eos=True,
-                system_tokens=system,
+                system_tokens=0 if name == APART else system,
             )
             for _ in range(number)
         ]
-        told[name] = asyncio.run(_times(engine, requests, together=name != ONE_BY_ONE))
+        told[name] += asyncio.run(_times(engine, requests, together=name != ONE_BY_ONE))
 
-    contenders = [OURS, ONE_BY_ONE, *([APART] if system else [])]
     cells = in_turns({name: partial(ask, name) for name in contenders}, repeats, model.device)
     for name, cell in cells.items():
-        if "failed" not in cell:  # what was told is of the last turn
+        if "failed" not in cell:
+            counted = told[name][number:]  # not the first turn's
             cell |= {"tokens": number * tokens, "tokens_per_second": number * tokens / cell["seconds"]}
-            cell["first_token_seconds"] = statistics.mean(times[0] for times in told[name])
+            cell["first_token_seconds"] = statistics.mean(times[0] for times in counted)
             # Of the later half of each answer, where most others are being answered too.
-            gaps = [b - a for times in told[name] for a, b in pairwise(times[len(times) // 2 :])]
+            gaps = [b - a for times in counted for a, b in pairwise(times[len(times) // 2 :])]
             cell["next_token_seconds"] = statistics.median(gaps) if gaps else None
     compare(cells)
     return {"clients": number, "contenders": cells}

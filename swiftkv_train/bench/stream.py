@@ -173,9 +173,11 @@ def _attention(streams: dict[str, Stream], repeats: int) -> dict[str, Any]:
 
 
 def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dict[str, Any]:
-    """Ours alone, fed chunks from the first token to the last, and now and then a token by itself."""
+    """Ours alone, fed chunks from the first token to the last; now and then a token by itself, in turns with one of a
+    stream whose window has just filled, which meets the same machine."""
     use_exact_positions(model)
-    stream = Ours(model, window=window, attention_sinks=sinks)
+    stream, young = (Ours(model, window=window, attention_sinks=sinks) for _ in range(2))
+    young.fill(sinks + window)
     ids = torch.randint(0, model.config.vocab_size, (1, chunk), device=model.device)
     synchronize(model.device)
     points: list[dict[str, float]] = []
@@ -189,18 +191,22 @@ def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dic
 
     with Reporter().bar("long", tokens, "tokens") as advance:
         while fed < tokens:
-            one_by_one, in_chunks = [feed(1) for _ in range(STEPS)], [feed(chunk)]
+            turns = [(feed(1), seconds_of(lambda: young.feed(ids[:, :1]), model.device)) for _ in range(STEPS)]
+            one_by_one, of_young = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+            in_chunks = [feed(chunk)]
             while fed * POINTS < tokens * (len(points) + 1):
                 in_chunks.append(feed(chunk))
             points.append(
                 {
                     "tokens": fed,
                     "seconds_per_token": statistics.median(in_chunks),
-                    "seconds_of_one": statistics.median(one_by_one),
+                    "seconds_of_one": one_by_one,
+                    "seconds_of_young": of_young,
                     "resident_bytes": _resident_bytes(model.device),
                 }
             )
     full = points[FIRST_POINTS:]
+    ratios = [point["seconds_of_one"] / point["seconds_of_young"] for point in full]
     return {
         "window": window,
         "sinks": sinks,
@@ -213,6 +219,8 @@ def _long(model: Model, window: int, sinks: int, tokens: int, chunk: int) -> dic
         "seconds_of_one": statistics.median(point["seconds_of_one"] for point in full),
         **_trend("seconds", [point["seconds_per_token"] for point in full]),
         **_trend("seconds_of_one", [point["seconds_of_one"] for point in full]),
+        "over_young": statistics.median(ratios),
+        **_trend("over_young", ratios),
         **_trend("memory", [point["resident_bytes"] for point in full]),
         "memory_growth_bytes": full[-1]["resident_bytes"] - full[0]["resident_bytes"],
     }
@@ -268,6 +276,7 @@ def _long_line(long: dict[str, Any]) -> str:
         f"window {long['window']:,} over {long['tokens']:,} tokens, {long['chunk']} at a time: "
         f"{long['seconds_per_token'] * 1e3:.3g} ms a token, {long['seconds_slope']:+.1%} over the run (one point up to "
         f"{long['seconds_deviation']:.1%} off), {long['seconds_of_one'] * 1e3:.3g} ms by itself, "
-        f"{long['seconds_of_one_slope']:+.1%}; resident memory {long['memory_growth_bytes'] / 2**20:+,.1f} MiB "
+        f"{long['seconds_of_one_slope']:+.1%}, {long['over_young']:.3f} times a young stream's, "
+        f"{long['over_young_slope']:+.1%}; resident memory {long['memory_growth_bytes'] / 2**20:+,.1f} MiB "
         f"({long['memory_slope']:+.2%}), cache {long['held_bytes'] / 2**20:,.1f} MiB"
     )

@@ -119,7 +119,7 @@ class GenerateEngine:
         self._shared_system = range(LEAST_SHARED, own) if reuse else range(0)
         if window is not None:
             self._shared_system = range(SINKS, min(window, own - window) + 1)
-        self._prefixes = KeptPrefixes(own if reuse else 0)
+        self._prefixes = KeptPrefixes((context_length or own) if reuse else 0)
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
         self._decoding_tokenizer = copy.deepcopy(tokenizer)
@@ -240,14 +240,15 @@ class GenerateEngine:
             system_tokens = 0
         cache: Any = self._kept.take(prompt)
         known = 0 if cache is None else cache.get_seq_length()
-        unread_prefix = 0
-        if cache is None or known < system_tokens:
-            prefix = self._prefixes.take(prompt[:system_tokens]) if system_tokens else None
-            if prefix is not None or not system_tokens:
-                cache, known = self._new_cache(prompt, prefix), system_tokens
-            else:
-                cache, unread_prefix = cache or GrowingCache(self._model.config), system_tokens
-        return Answer(job, self._model, self._decoding_tokenizer, cache, known, unread_prefix)
+        if cache is not None and known >= system_tokens:
+            return Answer(job, self._model, self._decoding_tokenizer, cache, known)
+        prefix = self._prefixes.take(prompt[:system_tokens]) if system_tokens else None
+        if prefix is not None or not system_tokens:
+            cache = self._new_cache(prompt, prefix)
+            return Answer(job, self._model, self._decoding_tokenizer, cache, system_tokens)
+        if not isinstance(cache, GrowingCache):  # a stream, which cannot become a prefix
+            cache, known = GrowingCache(self._model.config), 0
+        return Answer(job, self._model, self._decoding_tokenizer, cache, known, unread_prefix=system_tokens)
 
     def _new_cache(self, prompt: Sequence[int], prefix: SharedPrefix | None) -> Any:
         """For a prompt that begins with `prefix`."""

@@ -1,6 +1,5 @@
 """From a checked request to what the engine takes: token ids, and limits that fit the model's context."""
 
-import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,24 +40,18 @@ def chat_prompt(tokenizer: Any, body: ChatCompletionRequest) -> Prompt:
 
 def _system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]) -> int:
     """How many of the conversation's first tokens are those of the system's messages that it begins with."""
+    from swiftkv_models.shared_prefix import beginning_of_chat
     from swiftkv_train.kept_caches import shared_length
 
-    system = tuple(
-        str(message["content"]) for message in itertools.takewhile(lambda each: each["role"] == "system", messages)
-    )
-    # Less than all of it where what comes next makes another token together with its end.
-    return shared_length(_beginning(tokenizer, system), token_ids) if system else 0
-
-
-@functools.lru_cache(maxsize=64)
-def _beginning(tokenizer: Any, system: tuple[str, ...]) -> Sequence[int]:
-    """What the template makes of the system's messages; nothing, where it refuses them if a user spoke next."""
-    from swiftkv_models.shared_prefix import beginning_of_chat
-
+    system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    if not system:
+        return 0
     try:
-        return beginning_of_chat(tokenizer, [{"role": "system", "content": content} for content in system])
-    except Exception:  # a template may fail in any way
-        return []
+        beginning = beginning_of_chat(tokenizer, system)
+    except Exception:  # a template that would refuse them if a user spoke next
+        return 0
+    # Less than all of it where what comes next makes another token together with its end.
+    return shared_length(beginning, token_ids)
 
 
 def completion_token_ids(tokenizer: Any, body: CompletionRequest, info: ModelInfo) -> list[int]:

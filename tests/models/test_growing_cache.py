@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
 
 from swiftkv_models import SharedPrefix, optimize_for_cpu, rewrite
 from swiftkv_models.growing_cache import LEAST_SHARED, MORE, GrowingCache
@@ -134,11 +134,46 @@ def test_a_prefix_of_what_it_holds(model):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_short_beginning_does_not_hold_a_long_one(model):
+    ids = drawn(model, 3 * LONG)
+    cache = GrowingCache(model.config)
+    fed(model, cache, ids, [3 * LONG])
+    start = cache.beginning(ids[0].tolist(), LONG)
+    assert start.shared_tokens == LONG
+    for mine, kept in zip(start.prefix.keys, cache.growing, strict=True):
+        assert mine.untyped_storage().nbytes() == mine.numel() * mine.element_size()
+        assert torch.equal(mine, kept.held(LONG)[0][0])
+
+
+@torch.no_grad()
+def test_another_dtype(model):
+    """Under autocast queries and keys come in fp32, values in bf16; and a prefix may be of before a cast."""
+    ids = drawn(model, 30)
+    prefix = SharedPrefix.from_ids(model, ids[:, :20])
+    wanted = model(ids, use_cache=False).logits[:, -1]
+    with torch.autocast("cpu", torch.bfloat16):
+        under = fed(model, GrowingCache(model.config, SharedPrefix.from_ids(model, ids[:, :20])), ids[:, 20:], 1)[-1]
+    cast = fed(model.bfloat16(), GrowingCache(model.config, prefix), ids[:, 20:], 1)[-1]
+    for found in (under, cast):
+        error = (found[:, -1].float() - wanted).norm() / wanted.norm()
+        assert 1e-4 < error < 0.05  # bf16, and a model of a few layers
+
+
 def test_what_it_refuses(model):
     other = tiny_llama(layers=8, dtype=torch.float32)
     with pytest.raises(ValueError, match="make it with this model"):
         GrowingCache(model.config, SharedPrefix.from_ids(other, [1, 2, 3]))
     with pytest.raises(ValueError, match="carries no gradient"):
         model(drawn(model, 4), past_key_values=GrowingCache(model.config), use_cache=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="of one row, not of 2"):
-        model(drawn(model, 8).view(2, 4), past_key_values=GrowingCache(model.config), use_cache=True)
+    with pytest.raises(ValueError, match="GrowingCache would take the place of the model's own sliding window"):
+        GrowingCache(MistralConfig(sliding_window=8))
+    cache = GrowingCache(model.config, SharedPrefix.from_ids(model, [1, 2, 3]))
+    with pytest.raises(ValueError, match="cannot take tokens back"):
+        cache.crop(2)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="of one row, not of 2"):
+            model(drawn(model, 8).view(2, 4), past_key_values=GrowingCache(model.config), use_cache=True)
+        model.set_attn_implementation("sdpa")  # which does not know it
+        with pytest.raises(ValueError, match=r"make it with model\.config of the one that uses it"):
+            model(drawn(model, 1), past_key_values=cache, use_cache=True)

@@ -93,7 +93,7 @@ def test_rows_with_a_cache_of_their_own(models, place):
         SinkWindowCache(model.config, window=4, attention_sinks=2, **shared),
     ]
     for ids, cache in zip(rows, caches, strict=True):
-        feed(model, ids[None, cache.get_seq_length() : -3], cache, [len(ids)])
+        feed(model, ids[None, cache.get_seq_length() : -3], cache, len(ids))
     found = []
     for step in (-3, -2, -1):
         last = torch.stack([ids[step] for ids in rows])[:, None].to(place.device)

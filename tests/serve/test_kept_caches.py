@@ -340,6 +340,27 @@ def test_a_request_that_was_left_in_its_system_message_keeps_nothing(
     engine.close()
 
 
+def test_a_stream_of_less_than_the_system_message_does_not_become_its_prefix(
+    model: Any, tokenizer: PreTrainedTokenizerFast, run: list[int]
+) -> None:
+    engine = GenerateEngine(model, tokenizer, window=64)
+    answer(engine, FIRST[:10], 1)
+    run.clear()
+    events = answer(engine, FIRST, system_tokens=20)
+    assert (run[:2], events[0].cached_tokens) == ([20, 20], 0)
+    expected(model, FIRST, events)
+    engine.close()
+
+
+def test_what_is_kept_is_within_the_given_context(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = GenerateEngine(model, tokenizer, context_length=700)
+    for first in range(3):
+        answer(engine, [first, *FIRST * 8], system_tokens=300)
+        assert sum(map(len, engine._prefixes._entries)) == min(first + 1, 2) * 300
+        assert engine._kept._held() <= 700
+    engine.close()
+
+
 @pytest.mark.parametrize("window", [0, 4097])
 def test_a_window_that_cannot_be(model: Any, tokenizer: PreTrainedTokenizerFast, window: int) -> None:
     with pytest.raises(UserError, match=f"window is {window}; this model allows 1 to 4096"):

@@ -202,9 +202,11 @@ def test_stream(result_of):
     assert long["tokens"] == 1000 <= long["points"][-1]["tokens"] < 1000 + 8 + 16
     assert long["held_bytes"] == held[0]
     for point in long["points"]:
-        assert min(point["seconds_per_token"], point["seconds_of_one"]) > 0
+        assert min(point[f"seconds_{name}"] for name in ("per_token", "of_one", "of_young")) > 0
         assert point["resident_bytes"] > 2**20
     assert long["memory_growth_bytes"] < 2**24
+    ratios = [point["seconds_of_one"] / point["seconds_of_young"] for point in long["points"][stream.FIRST_POINTS :]]
+    assert long["over_young"] == statistics.median(ratios)
 
 
 def test_trend_of_a_long_run():
