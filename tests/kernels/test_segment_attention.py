@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -18,8 +19,8 @@ from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # B, T, own slots, P, pinned, H / G, C: every B of 1, 2, 3, 7, 8, 16, 33 and of 70, of which groups are counted in two
-# goes; P of 0, 1, 15, 16, 17, 255, 256, 4096; ratio of 1, 3, 4, 8, each with C of 64 and 128. The first are small
-# enough for the interpreter.
+# goes; P of 0, 1, 15, 16, 17, 255, 256, 4096; ratio of 1, 3, 4, 8, each with C of 64 and 128 (all with all: below). The
+# first are small enough for the interpreter.
 SHAPES = [
     (1, 1, 0, 0, 0, 3, 64),
     (1, 1, 1, 1, 0, 1, 64),
@@ -71,6 +72,15 @@ def test_matches_fp64(place, shape, dtype, storage):
     skip_if_interpreted(place, when=not small and "EVERY_SHAPE" not in os.environ)
     prefixes = 5 if shape[0] > 8 else 2
     check(from_shape(shape, dtype=dtype, storage=storage, device=place.device, prefixes=prefixes), place)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 15, 16, 17, 255, 256, 4096])
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 16, 33])
+def test_every_combination(place, batch, prefix):
+    """Of these, of no, one and many slots, of head ratios and head sizes: a step of decoding in fp32."""
+    skip_if_interpreted(place)
+    for slots, ratio, size in itertools.product((0, 1, 33), (1, 3, 4, 8), (64, 128)):
+        check(make(batch, 1, slots, prefix, pinned=4, ratio=ratio, size=size, kv_heads=1, device=place.device), place)
 
 
 @pytest.mark.parametrize("shape", FEW, ids=str)
