@@ -161,3 +161,28 @@ def test_ideas_are_what_they_say(variants):
     wrong = subprocess.run([*alone, "rows"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "rows is about layers that share K/V" in wrong.stderr
+
+
+def test_the_limit_is_of_what_is_not_put_back(variants):
+    """With the base's own K and V in the whole tail the calibrated model is the base; without, it is what the quality
+    bench starts from; and wrong recipes are told in a line."""
+    command = [sys.executable, str(ROOT / "benchmarks/quality/limit.py"), "calibrated.yaml", "--tokens", "256"]
+    ended = subprocess.run([*command, "--output", "limit.json"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["own"]: row["all kinds trained on"] for row in json.loads(Path("limit.json").read_text())["rows"]}
+    assert list(rows) == ["none", "K", "V", "V of layers 5 to 5", "K and V"]
+    whole = rows.pop("K and V")
+    # fp32: a KL of differences that are rounding's
+    assert abs(whole["kl"]) < 1e-6
+    assert whole["agreement"] == 1
+    assert min(row["kl"] for row in rows.values()) > 1e-4
+    options = {"tokens": 256, "points": 1, "overrides": (), "run": Path("run"), "on": quality.TEST}
+    recipe = quality.variant_of("calibrated.yaml", **options)
+    run = Distillation(recipe)
+    run.prepare()
+    start = by_kind(run.evaluate(), {"prose"})["all kinds trained on"]
+    assert rows["none"]["kl"] == pytest.approx(start.to_dict()["kl"], rel=1e-3)
+    run.strategy.close()
+    wrong = subprocess.run([*command, "rewrite.key_value_group_size=2"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "layers that share K/V have none of their own to put back" in wrong.stderr
