@@ -78,6 +78,13 @@ def options_of(command):
     return {name for parameter in command.params for name in parameter.opts}
 
 
+@pytest.mark.parametrize("words", [line for line in LINES if line.values[0][0] == "python"])
+def test_scripts_take_the_options_that_commands_give_them(words):
+    told = subprocess.run([sys.executable, ROOT / words[1], "--help"], capture_output=True, text=True, check=True)
+    named, taken = (set(re.findall(r"(?<![\w-])--[\w-]+", text)) for text in (" ".join(words), told.stdout))
+    assert named <= taken
+
+
 @pytest.mark.parametrize("words", [line for line in LINES if recipes_of(line.values[0])[0]])
 def test_recipes_take_the_overrides_that_commands_give_them(words):
     recipes, overrides = recipes_of(words)
