@@ -5,7 +5,7 @@ import copy
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,16 @@ class GenerateEngine:
 
     Prompts run one after another, in pieces; with every piece all answers under way get a token, in one forward
     (continuous batching). At most `max_queue` more requests wait for a place. Sampling settings that a request leaves
-    out come from the checkpoint's generation_config.json. `context_length` may make the model's own shorter. With
-    `reuse` the K/V of up to that many tokens are kept for later requests that begin alike, and as many of systems'
-    messages, which are in memory once for all requests that have them. With a `window` every request has a cache of the
-    last `window` tokens and the system's messages, or the first SINKS tokens where there are none, or more of them than
-    `window` or than it leaves of the model's context: there is no context length then but the one that is given, and
-    with `reuse` a few such caches are kept for prompts that go on from all of one. A cancelled request stops at its
-    next token, or before the next piece of its prompt.
+    out come from the checkpoint's generation_config.json. `context_length` may make the model's own shorter.
+
+    With `reuse` requests that begin alike, at once or one after another, run that beginning once: the K/V of up to the
+    context length's tokens are kept, and as many of systems' messages, which are in memory once for all who have them.
+    With a `window` every request has a cache of the last `window` tokens and the system's messages, or the first SINKS
+    tokens where there are none, or more of them than `window` or than it leaves of the model's context: there is no
+    context length then but the one that is given, and with `reuse` a few such caches are kept for prompts that go on
+    from all of one.
+
+    A cancelled request stops at its next token, or before the next piece of its prompt.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class GenerateEngine:
         self._window = window or 0
         # How many tokens of a system's messages are a prefix. A stream keeps them for ever, and memory has an end.
         self._shared_system = range(LEAST_SHARED, own) if reuse else range(0)
+        self._shares_beginnings = reuse and window is None
         if window is not None:
             self._shared_system = range(SINKS, min(window, own - window) + 1)
         self._prefixes = KeptPrefixes((context_length or own) if reuse else 0)
@@ -212,7 +216,7 @@ class GenerateEngine:
             with self._failing(unread[:1]):
                 for job in unread[:1]:
                     if job not in answers:  # what is kept by now may be the one's before it
-                        answers[job] = self._begin(job)
+                        answers[job] = self._begin(job, answers.values())
                     logits |= self._read(job, answers[job], SHORT_PIECE if speaking else PIECE)
             with self._failing(speaking):
                 logits |= self._step({job: answers[job] for job in speaking})
@@ -234,12 +238,17 @@ class GenerateEngine:
             for job in jobs:
                 job.failed = True
 
-    def _begin(self, job: Job) -> Answer:
+    def _begin(self, job: Job, others: Collection[Answer]) -> Answer:
+        """From what is kept, or from what the `others`, which are under way, have in common with it."""
         prompt, system_tokens = job.request.prompt_token_ids, job.request.system_tokens
         if system_tokens not in self._shared_system or system_tokens >= len(prompt):
             system_tokens = 0
         cache: Any = self._kept.take(prompt)
         known = 0 if cache is None else cache.get_seq_length()
+        if self._shares_beginnings and others:
+            nearest = max(others, key=lambda other: other.shared_tokens(prompt))
+            if (length := nearest.shared_tokens(prompt)) > known:
+                cache, known = nearest.cache.beginning(prompt, length), length
         if cache is not None and known >= system_tokens:
             return Answer(job, self._model, self._decoding_tokenizer, cache, known)
         prefix = self._prefixes.take(prompt[:system_tokens]) if system_tokens else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from swiftkv_train.generation_settings import decoding_config, end_token_ids, logits_processors
+from swiftkv_train.kept_caches import shared_length
 from swiftkv_train.serve.contract import FinishReason, GenerationRequest, TokenEvent
 from swiftkv_train.serve.text import IncrementalDecoder, StopScanner
 
@@ -92,6 +93,11 @@ class Answer:
     @property
     def done(self) -> bool:
         return self.finish_reason is not None or self.job.cancelled
+
+    def shared_tokens(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens, but for its last one, which has to run, the cache holds."""
+        held = self.tokens[0, : self.cache.get_seq_length()].tolist()
+        return min(shared_length(held, prompt), len(prompt) - 1)
 
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next token by logits [1, V], and send it on its way."""

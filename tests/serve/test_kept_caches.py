@@ -58,6 +58,18 @@ def answer(engine: GenerateEngine, prompt: list[int], count: int = 8, **more: An
     return events
 
 
+def ask_at_once(engine: GenerateEngine, requests: list[GenerationRequest]) -> list[list[TokenEvent]]:
+    async def read(stream: Any) -> list[TokenEvent]:
+        return [event async for event in stream]
+
+    async def all_of_them() -> list[list[TokenEvent]]:
+        return await asyncio.gather(*map(read, [engine.submit(request) for request in requests]))
+
+    told = asyncio.run(asyncio.wait_for(all_of_them(), WAIT_S))
+    assert engine.wait_idle(WAIT_S)
+    return told
+
+
 def expected(model: Any, prompt: list[int], events: list[TokenEvent]) -> None:
     """What plain generate says to the prompt, without any K/V from before."""
     ids = torch.tensor([prompt])
@@ -276,18 +288,9 @@ def test_a_system_message_is_run_once_and_in_memory_once(
     """Of requests that come at once, in pieces, and of later ones; each is told what it would be alone."""
     monkeypatch.setattr(engine_module, "PIECE", 64)
     system = [number % 200 + 10 for number in range(280)]
-    prompts = [[*system, *FIRST[:count]] for count in (7, 1, 20)]
+    prompts = [[*system, 200 + count, *FIRST[:count]] for count in (7, 0, 20)]
     engine = GenerateEngine(model, tokenizer, window=window)
-
-    async def ask() -> list[list[TokenEvent]]:
-        async def read(stream: Any) -> list[TokenEvent]:
-            return [event async for event in stream]
-
-        requests = [GenerationRequest(prompt, 8, temperature=0, system_tokens=280) for prompt in prompts]
-        return await asyncio.gather(*map(read, [engine.submit(request) for request in requests]))
-
-    told = asyncio.run(asyncio.wait_for(ask(), WAIT_S))
-    assert engine.wait_idle(WAIT_S)
+    told = ask_at_once(engine, [GenerationRequest(prompt, 8, temperature=0, system_tokens=280) for prompt in prompts])
     assert run[:5] == [64, 64, 64, 64, 24]
     assert not {64, 24} & set(run[5:])
     assert [events[0].cached_tokens for events in told] == [0, 280, 280]
@@ -304,6 +307,18 @@ def test_a_system_message_is_run_once_and_in_memory_once(
     assert (run[0], events[0].cached_tokens) == (2, len(later) - 2)
     expected(model, later, events)
     engine.close()
+
+
+def test_what_requests_at_once_begin_with_runs_once(model: Any, engine: GenerateEngine, run: list[int]) -> None:
+    """Without a word of what they have in common; also of one that has gone on since, and of a short one."""
+    document = [number % 200 + 10 for number in range(300)]
+    prompts = [[*document, 1, 2], [*document, 3], [*document[:270], 4], [*document[:9], 5], [6]]
+    told = ask_at_once(engine, [GenerationRequest(prompt, 12, temperature=0) for prompt in prompts])
+    assert [count for count in run if count > 1] == [302]
+    assert [events[0].cached_tokens for events in told] == [0, 300, 270, 9, 0]
+    for prompt, events in zip(prompts, told, strict=True):
+        expected(model, prompt, events)
+    assert sorted(cache.shared_tokens for _, cache in engine._kept._entries) == [0, 0, 0, 270, 300]
 
 
 def test_a_kept_beginning_is_shared_too(model: Any, engine: GenerateEngine, run: list[int]) -> None:
