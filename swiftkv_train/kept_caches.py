@@ -65,13 +65,15 @@ class KeptCaches:
 
     def _held(self) -> int:
         """Tokens in memory: what entries share counts once."""
-        own, shared = 0, dict[int, int]()
+        held: dict[int, int] = {}  # by place
         for _, cache in self._entries:
-            own += cache.get_seq_length() - cache.shared_tokens
+            parts = [(cache.growing[0].keys, cache.get_seq_length() - cache.shared_tokens)]
             if cache.prefix is not None:
-                place = cache.prefix.keys[0].data_ptr()
-                shared[place] = max(shared.get(place, 0), len(cache.prefix))
-        return own + sum(shared.values())
+                parts.append((cache.prefix.keys[0], len(cache.prefix)))
+            for keys, tokens in parts:
+                if keys is not None:
+                    held[keys.data_ptr()] = max(held.get(keys.data_ptr(), 0), tokens)
+        return sum(held.values())
 
     def clear(self) -> None:
         self._entries.clear()
