@@ -106,14 +106,15 @@ class _GrowingLayer(MasklessLayer):
         key_states = key_states.to(value_states.dtype)  # autocast leaves rotated K in another
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
+        tokens = key_states.shape[2]
+        end = self.length + tokens
         self.keys, self.values = _with_room(self.keys, end), _with_room(self.values, end)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
+        self.keys.narrow(2, self.length, tokens).copy_(key_states)
+        self.values.narrow(2, self.length, tokens).copy_(value_states)
         self.length = end
-        if self.cache.prefix is not None and key_states.shape[2] == 1:
-            return (_NewestToken(self),) * 2
-        return self.held(self.get_seq_length())
+        if self.cache.prefix is None:
+            return self.own()
+        return (_NewestToken(self),) * 2 if tokens == 1 else self.held(self.get_seq_length())
 
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [1, G, P, C]."""
@@ -125,7 +126,7 @@ class _GrowingLayer(MasklessLayer):
 
     def own(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [1, G, n, C]."""
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def held(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [1, G, length, C] of the first tokens; views, unless they are the prefix and more."""
