@@ -197,8 +197,10 @@ class _Conversation:
             system = ids[: shared_length(beginning, ids)]
             prefix = None
             if SINKS <= len(system) < len(ids):
-                prefix = prefixes.take(system) or SharedPrefix.from_ids(model, system)
-                prefixes.keep(prefix)
+                prefix = prefixes.take(system)
+                if prefix is None:
+                    prefix = SharedPrefix.from_ids(model, system)
+                    prefixes.keep(prefix)
             return new_stream(model.config, window, ids, prefix)
 
         return new

@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 from swiftkv_kernels.segment_attention import PrefixSegment, segment_attention
 from swiftkv_kernels.segment_attention_torch import attend_all, attend_shared
 from swiftkv_models.segment_layer import (
-    OF_ANOTHER_MODEL,
     BehindPrefix,
+    InPlaceOfKeys,
     MasklessLayer,
     refuse_sliding_window,
     use_segment_attention,
@@ -148,16 +148,11 @@ class _GrowingLayer(MasklessLayer):
         self.length, self.is_initialized = 0, False
 
 
-class _NewestToken:
+class _NewestToken(InPlaceOfKeys):
     """What attention takes for K and V of a layer whose newest token is behind a prefix."""
 
     def __init__(self, layer: _GrowingLayer):
         self.layer = layer
-
-    @property
-    def shape(self) -> torch.Size:
-        """Raises ValueError: an attention function that asks knows no such thing."""
-        raise ValueError(OF_ANOTHER_MODEL)
 
     def behind_prefix(self, query: torch.Tensor, position_ids: torch.Tensor | None) -> BehindPrefix | None:
         """See `KeyValues.behind_prefix`. None on other devices, whose kernel is `segment_attention`."""

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from swiftkv_kernels.segment_attention_torch import attend_all, attend_each_shared
 from swiftkv_models.segment_cache import SinkWindowCache
-from swiftkv_models.segment_layer import BehindPrefix, MasklessLayer, use_segment_attention
+from swiftkv_models.segment_layer import BehindPrefix, InPlaceOfKeys, MasklessLayer, use_segment_attention
 from swiftkv_models.shared_prefix import num_cached_layers
 
 
@@ -56,7 +56,7 @@ class RowCaches(Cache):
                 cache.check_model(config)
 
 
-class _RowKeyValues:
+class _RowKeyValues(InPlaceOfKeys):
     def __init__(self, layer: Any, rows: Sequence[tuple[Any, Any]]):
         # Of each row K and V [1, G, n, C], or twice what attends to them
         self.layer, self.rows = layer, rows

@@ -36,8 +36,17 @@ OF_ANOTHER_MODEL = "this cache is another model's; make it with model.config of 
 Held: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
+class InPlaceOfKeys:
+    """What a cache gives the `segments_...` attention for K and V: by its `attend` they are attended to."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Raises ValueError: an attention function that asks knows no such thing."""
+        raise ValueError(OF_ANOTHER_MODEL)
+
+
 @dataclass
-class KeyValues:
+class KeyValues(InPlaceOfKeys):
     """What attention takes for a layer's keys and values: the layer, and K and V [B, G, T, C] of the new tokens.
 
     None where they are in the layer's slots already. Layers that share them, as in AcrossKV, share this object.
@@ -52,11 +61,6 @@ class KeyValues:
     @property
     def tokens(self) -> int:
         return 1 if self.keys is None else self.keys.shape[2]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Raises ValueError: an attention function that asks knows no `KeyValues`."""
-        raise ValueError(OF_ANOTHER_MODEL)
 
     def attend(
         self,

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +113,17 @@ class GenerateEngine:
             default_top_p=1.0 if model.generation_config.top_p is None else float(model.generation_config.top_p),
         )
         self._kept: KeptCaches | KeptStreams
+        # How many tokens of a system's messages are a prefix. A stream keeps them for ever, and memory has an end.
+        self._shared_system: range
         if window is None:
             self._kept = KeptCaches(model.config, (context_length or own) if reuse else 0)
+            self._shared_system = range(LEAST_SHARED, own) if reuse else range(0)
         else:
             use_exact_positions(model)
             self._kept = KeptStreams(MAX_ENTRIES if reuse else 0)
-        self._window = window or 0
-        # How many tokens of a system's messages are a prefix. A stream keeps them for ever, and memory has an end.
-        self._shared_system = range(LEAST_SHARED, own) if reuse else range(0)
-        self._shares_beginnings = reuse and window is None
-        if window is not None:
             self._shared_system = range(SINKS, min(window, own - window) + 1)
+        self._window = window or 0
+        self._shares_beginnings = reuse and window is None
         self._prefixes = KeptPrefixes((context_length or own) if reuse else 0)
         self._tokenizer = tokenizer
         # A fast tokenizer must not encode and decode in two threads.
@@ -246,8 +247,8 @@ class GenerateEngine:
         cache: Any = self._kept.take(prompt)
         known = 0 if cache is None else cache.get_seq_length()
         if self._shares_beginnings and others:
-            nearest = max(others, key=lambda other: other.shared_tokens(prompt))
-            if (length := nearest.shared_tokens(prompt)) > known:
+            length, nearest = max(((other.shared_tokens(prompt), other) for other in others), key=itemgetter(0))
+            if length > known:
                 cache, known = nearest.cache.beginning(prompt, length), length
         if cache is not None and known >= system_tokens:
             return Answer(job, self._model, self._decoding_tokenizer, cache, known)

@@ -1,5 +1,6 @@
 """Tiny models, a tokenizer, and a real server on a free loopback port; `conftest.py` makes fixtures of them."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -15,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swiftkv_models
-from swiftkv_train.serve import GenerateEngine, create_app
+from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent, create_app
+from swiftkv_train.serve.contract import TokenStream
 from swiftkv_train.serve.draining import DrainingServer
 
 WAIT_S = 60.0  # for what comes in moments, unless the processor is slow and busy
@@ -36,6 +38,23 @@ def wait_until(condition: Callable[[], Any], timeout: float = WAIT_S) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not become true in time"
         time.sleep(0.01)
+
+
+def ask_at_once(
+    engine: GenerateEngine, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
+) -> list[Any]:
+    """The events that each is told, all of them admitted at once; or the exception, which otherwise is raised."""
+
+    async def read(stream: TokenStream) -> list[TokenEvent]:
+        return [event async for event in stream]
+
+    async def all_of_them() -> list[Any]:
+        streams = [engine.submit(request) for request in requests]
+        return await asyncio.gather(*map(read, streams), return_exceptions=return_exceptions)
+
+    told = asyncio.run(asyncio.wait_for(all_of_them(), WAIT_S))
+    assert engine.wait_idle(WAIT_S)
+    return told
 
 
 def sse_data(lines: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import WAIT_S, random_llama, wait_until
+from serving import WAIT_S, ask_at_once, random_llama, wait_until
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swiftkv_train.serve import GenerateEngine, GenerationRequest, TokenEvent
@@ -35,18 +35,7 @@ def batches(model: Any) -> Iterator[list[tuple[int, int]]]:
 
 
 def ask(engine: GenerateEngine, requests: list[GenerationRequest]) -> list[list[TokenEvent] | Exception]:
-    """What each is told, all of them admitted at once."""
-
-    async def read(stream: Any) -> list[TokenEvent]:
-        return [event async for event in stream]
-
-    async def all_of_them() -> Any:
-        streams = [engine.submit(request) for request in requests]
-        return await asyncio.gather(*map(read, streams), return_exceptions=True)
-
-    told = asyncio.run(asyncio.wait_for(all_of_them(), WAIT_S))
-    assert engine.wait_idle(WAIT_S)
-    return told
+    return ask_at_once(engine, requests, return_exceptions=True)
 
 
 def ids_of(told: list[TokenEvent] | Exception) -> list[int]:

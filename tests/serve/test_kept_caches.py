@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import WAIT_S, random_llama, running
+from serving import WAIT_S, ask_at_once, random_llama, running
 from transformers import PreTrainedTokenizerFast
 
 import swiftkv_models
@@ -49,25 +49,7 @@ def engine(model: Any, tokenizer: PreTrainedTokenizerFast) -> Iterator[GenerateE
 
 
 def answer(engine: GenerateEngine, prompt: list[int], count: int = 8, **more: Any) -> list[TokenEvent]:
-    async def read() -> list[TokenEvent]:
-        request = GenerationRequest(prompt, count, **{"temperature": 0, **more})
-        return [event async for event in engine.submit(request)]
-
-    events = asyncio.run(asyncio.wait_for(read(), WAIT_S))
-    assert engine.wait_idle(WAIT_S)
-    return events
-
-
-def ask_at_once(engine: GenerateEngine, requests: list[GenerationRequest]) -> list[list[TokenEvent]]:
-    async def read(stream: Any) -> list[TokenEvent]:
-        return [event async for event in stream]
-
-    async def all_of_them() -> list[list[TokenEvent]]:
-        return await asyncio.gather(*map(read, [engine.submit(request) for request in requests]))
-
-    told = asyncio.run(asyncio.wait_for(all_of_them(), WAIT_S))
-    assert engine.wait_idle(WAIT_S)
-    return told
+    return ask_at_once(engine, [GenerationRequest(prompt, count, **{"temperature": 0, **more})])[0]
 
 
 def expected(model: Any, prompt: list[int], events: list[TokenEvent]) -> None:
